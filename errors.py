@@ -1,0 +1,30 @@
+"""What a user can mend, said in one line.
+
+Every script raises `UserError` for bad input and runs its main function through `run_main`, which
+prints the line and exits with code 2. Anything else that is raised is a bug and keeps its
+traceback.
+"""
+
+import os
+import sys
+
+
+class UserError(Exception):
+    """Something the user can mend: the message names the file or setting, and the remedy."""
+
+
+class SettingError(UserError):
+    """A UserError that every process of a run meets alike, so that only the first one tells it."""
+
+
+def run_main(main) -> None:
+    """Exits with what `main()` returns; with one line and code 2 on a UserError; with 130 on ^C."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        if not (isinstance(error, SettingError) and int(os.environ.get("RANK", 0)) > 0):
+            print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
