@@ -1,0 +1,149 @@
+"""GPT-2 in Hugging Face's layout, read and written without importing `transformers`.
+
+The layout differs from ours in two things: the four matrices of a block are stored transposed
+(OpenAI wrote them as Conv1D), and the embedding has no spare rows. `save` writes all that
+`AutoModelForCausalLM`, `AutoTokenizer`, vLLM and llama.cpp's converter look for.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from errors import UserError
+from tokenizer import END_OF_TEXT_ID, save_tokenizer
+
+HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+TRANSPOSED = re.compile(r"\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
+CAUSAL_MASK = re.compile(
+    r"\.attn\.(bias|masked_bias)$"
+)  # a buffer of old checkpoints, no parameter
+# What our GPT computes; a GPT-2 directory that asks for anything else is refused.
+FUNCTION = {
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "tie_word_embeddings": True,
+    "add_cross_attention": False,
+}
+
+
+def save(directory: Path, shape: dict, weights: dict) -> None:
+    """Writes the configuration, `model.safetensors` and the tokenizer's files.
+
+    shape: vocab_size, n_positions, n_embd, n_layer, n_head
+    weights: {OpenAI's parameter name, without spare rows: tensor in nn.Linear's layout}
+    """
+    from safetensors.torch import save_file
+
+    special = {"bos_token_id": END_OF_TEXT_ID, "eos_token_id": END_OF_TEXT_ID}
+    config = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        **shape,
+        "n_ctx": shape["n_positions"],
+        "n_inner": None,
+        **FUNCTION,
+        "initializer_range": 0.02,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        **special,
+        "dtype": "float32",
+        "torch_dtype": "float32",  # the name that transformers 4 and llama.cpp read
+    }
+    tensors = {
+        name: (tensor.t() if TRANSPOSED.search(name) else tensor)
+        .detach()
+        .cpu()
+        .float()
+        .contiguous()
+        for name, tensor in weights.items()
+    }
+    directory = Path(directory)
+    for name, content in (("config", config), ("generation_config", special)):
+        (directory / f"{name}.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(directory / "config.json", directory / "model.safetensors")  # else private
+    save_tokenizer(directory, model_max_length=shape["n_positions"])
+
+
+def load(source: str) -> tuple[dict, dict]:
+    """(shape, weights) of a GPT-2, as `save` takes them, float32.
+
+    source: a directory with `config.json` and `model.safetensors` or `pytorch_model.bin`, or one of
+        `HUB_NAMES` or any `owner/name` of the Hub (the one thing here that needs the network).
+    Raises UserError: no such model, no network, another architecture, a damaged or non-finite file.
+    """
+    directory = find(source)
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory / 'config.json'}: {error}; not a model directory") from None
+    if config.get("model_type") != "gpt2":
+        raise UserError(f"{source}: model_type is {config.get('model_type')!r}, and not 'gpt2'")
+    for name, value in FUNCTION.items():
+        if config.get(name, value) != value:
+            raise UserError(f"{source}: {name} is {config[name]!r}; GPT-2 has {value!r}")
+    shape = {k: config[k] for k in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")}
+    if config.get("n_inner") not in (None, 4 * shape["n_embd"]):
+        raise UserError(f"{source}: n_inner is {config['n_inner']}; GPT-2 has 4 * n_embd")
+
+    weights = {}
+    for name, tensor in read_tensors(directory).items():
+        if CAUSAL_MASK.search(name):
+            continue
+        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        tensor = tensor.float()
+        if not tensor.isfinite().all():
+            raise UserError(f"{source}: {name} holds NaN or inf; the file is damaged")
+        weights[name] = tensor.t() if TRANSPOSED.search(name) else tensor
+    head = weights.pop("lm_head.weight", None)
+    if head is not None and not head.equal(weights["transformer.wte.weight"]):
+        raise UserError(f"{source}: its output head is not tied to the embedding, as GPT-2's is")
+    return shape, weights
+
+
+def find(source: str) -> Path:
+    """The directory of a model: itself, or the Hub's snapshot of it (downloaded once)."""
+    directory = Path(source)
+    if directory.is_dir():
+        return directory
+    if source not in HUB_NAMES and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        names = ", ".join(HUB_NAMES)
+        raise UserError(f"{source!r} is neither a directory nor one of {names} nor owner/name")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError("huggingface_hub is not installed: pip install huggingface_hub") from None
+    name = f"openai-community/{source}" if source in HUB_NAMES else source
+    try:
+        return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{source!r} cannot be had from the Hugging Face Hub ({reason}); "
+            "without a network, name a local directory instead"
+        ) from None
+
+
+def read_tensors(directory: Path) -> dict:
+    """{name: tensor} of `model.safetensors`, or of an old `pytorch_model.bin` (no code is run)."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = directory / "model.safetensors"
+    if not path.exists():
+        path = directory / "pytorch_model.bin"
+    try:
+        if path.suffix == ".bin":
+            return torch.load(path, map_location="cpu", weights_only=True)
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{directory}: neither model.safetensors nor pytorch_model.bin") from None
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: {str(error).strip().splitlines()[0]}; damaged") from None
+    except Exception as error:  # pickle.UnpicklingError: more than tensors in it
+        raise UserError(f"{path}: refused, not plain tensors ({type(error).__name__})") from None

@@ -1,0 +1,128 @@
+"""What a log directory says of its run: `log.txt`, `run.json`, and whether it may be continued."""
+
+import dataclasses
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+import checkpoint
+from errors import SettingError
+
+AFRESH = "give that to continue it, or another --log_dir to start afresh"
+
+
+class RunLog:
+    """`log.txt`: a line `step stream value` for each value of each step, appended at once."""
+
+    def __init__(self, log_dir: Path):
+        self.path = log_dir / "log.txt"
+
+    def read(self) -> list[tuple[int, str, float]]:
+        """The whole lines so far."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        fields = [line.split() for line in lines if line.endswith("\n")]
+        return [(int(f[0]), f[1], float(f[2])) for f in fields if len(f) == 3]
+
+    def cut(self, step: int) -> None:
+        """Forgets what a killed run logged from `step` on, which is about to be done again."""
+        kept = [self.line(*values) for values in self.read() if values[0] < step]
+        checkpoint.write_text(self.path, "".join(kept))
+
+    def write(self, step: int, stream: str, value: float) -> None:
+        with open(self.path, "a", encoding="utf-8", newline="\n") as file:
+            file.write(self.line(step, stream, value))
+
+    @staticmethod
+    def line(step: int, stream: str, value: float) -> str:
+        return f"{step} {stream} {value:.6f}\n"
+
+    def best(self, steps) -> int | None:
+        """The step among `steps` with the lowest validation loss so far."""
+        losses = {step: value for step, stream, value in self.read() if stream == "val"}
+        return min((s for s in steps if s in losses), key=losses.get, default=None)
+
+
+def read_facts(log_dir: Path, resume: bool) -> dict:
+    """`run.json` of the run in `log_dir`, or {} where there is no run.
+
+    Raises SettingError where there is one and `resume` is False, or the directory is another
+    program's.
+    """
+    path, log = log_dir / "run.json", log_dir / "log.txt"
+    checkpoints = checkpoint.list_checkpoints(log_dir)
+    if not resume and (path.exists() or log.exists() or checkpoints):
+        raise SettingError(
+            f"resume=False: log_dir={str(log_dir)!r} holds a run; choose another --log_dir, or "
+            "leave resume out to continue it"
+        )
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if log.exists() and not checkpoints:
+            raise SettingError(
+                f"log_dir={str(log_dir)!r}: holds a log.txt but no run.json, so it is another "
+                "program's; choose another --log_dir"
+            ) from None
+        return {}
+    except (OSError, ValueError) as error:
+        raise SettingError(f"{path}: {error}; remove it to continue this run") from None
+
+
+def check_same_run(config, earlier: dict, names, log_dir: Path) -> None:
+    """Raises SettingError where one of the settings `names` contradicts the run in `log_dir`.
+
+    earlier: that run's settings; its max_steps may grow.
+    """
+    where = f"log_dir={str(log_dir)!r} holds a run with"
+    for name in names:
+        if earlier[name] != getattr(config, name):
+            raise SettingError(
+                f"{name}={getattr(config, name)!r}: {where} {name}={earlier[name]!r}; {AFRESH}"
+            )
+    if config.max_steps < earlier["max_steps"]:
+        raise SettingError(
+            f"max_steps={config.max_steps}: {where} max_steps={earlier['max_steps']}, which may "
+            f"only grow; {AFRESH}"
+        )
+
+
+def check_same_data(data: str, fingerprint: str, earlier: str, log_dir: Path) -> None:
+    """Raises SettingError where the training tokens are not those that the run began with."""
+    if fingerprint != earlier:
+        raise SettingError(
+            f"data={data!r}: other tokens than the run in log_dir={str(log_dir)!r} trains on; "
+            f"{AFRESH}"
+        )
+
+
+def write_facts(log_dir: Path, facts: dict) -> None:
+    """Writes `run.json`."""
+    checkpoint.write_text(log_dir / "run.json", json.dumps(facts, indent=2) + "\n")
+
+
+def facts_of(config, **facts) -> dict:
+    """What `run.json` records: the settings, versions and commit, and the facts given."""
+    import numpy
+    import torch
+
+    here = Path(__file__).resolve().parent
+    try:
+        git = ["git", "-C", str(here), "rev-parse", "--verify", "--quiet", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        commit = None
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "cuda": torch.version.cuda,
+    }
+    return {
+        "settings": dataclasses.asdict(config),
+        **facts,
+        "versions": versions,
+        "commit": commit,
+    }
