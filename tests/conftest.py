@@ -1,0 +1,75 @@
+"""What the tests share: a small run, in this process or in its own, and a text to train on."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(2)
+
+# A run of well under a second: 8 rows of 32 tokens a step, float32, uncompiled.
+SMALL = dict(
+    n_layer=2, n_head=2, n_embd=32, T=32, B=8, total_batch_size=256, max_lr=1e-3, min_lr=1e-4,
+    warmup_steps=2, max_steps=4, val_every=0, val_tokens=1024, sample_every=0, checkpoint_every=0,
+    dtype="float32", compile=False,
+)  # fmt: skip
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    """A .txt of about 5,000 tokens: the beginning of input.txt."""
+    path = tmp_path / "text.txt"
+    path.write_text((ROOT / "input.txt").read_text(encoding="utf-8")[:16000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def small(tmp_path, text_file):
+    """A function: settings -> the `Config` of a small run in tmp_path/log."""
+    import train_gpt2
+
+    def make(**settings):
+        return train_gpt2.Config(
+            **{"data": str(text_file), "log_dir": str(tmp_path / "log"), **SMALL, **settings}
+        )
+
+    return make
+
+
+def command_line(config) -> list[str]:
+    """The arguments that give a `Config`."""
+    return [f"--{name}={value}" for name, value in vars(config).items()]
+
+
+def environment(**more) -> dict:
+    """This process's environment without a launcher's variables and with one thread."""
+    left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in left_out}
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **more}
+
+
+def run_trainer(config, processes: int = 1, **kwargs) -> subprocess.CompletedProcess:
+    """`train_gpt2.py` in a process of its own, or in several under torchrun."""
+    arguments = [str(ROOT / "train_gpt2.py"), *command_line(config)]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        arguments = [*launcher, *arguments]
+    kwargs = {"env": environment(), "timeout": 240, "cwd": ROOT} | kwargs
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, **kwargs)
+
+
+def read_log(config) -> list[str]:
+    """The lines of a run's log.txt."""
+    return (Path(config.log_dir) / "log.txt").read_text().splitlines()
+
+
+def losses(config, stream: str = "train") -> dict[int, float]:
+    """{step: value} of a stream of a run's log.txt; each step must be there once."""
+    lines = [line.split() for line in read_log(config)]
+    values = {int(step): float(value) for step, name, value in lines if name == stream}
+    assert len(values) == sum(name == stream for _, name, _ in lines), "a step was logged twice"
+    return values
