@@ -888,7 +888,7 @@ def warm_up(training_model, ddp_model, B: int, T: int, processes: Processes) -> 
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        problem = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        problem = " ".join(f"{type(error).__name__}: {error}".split("\n")[:2])
     training_model.zero_grad(set_to_none=True)
     failures = processes.sum(torch.tensor(float(bool(problem)), device=processes.device))
     if failures > 0:

@@ -1,0 +1,125 @@
+"""The same run on 1, 2 and 3 processes, on two nodes, and through torchrun."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, command_line, environment, losses, run_trainer
+
+import train_gpt2
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """The losses of 20 steps on one process, with the settings to repeat them elsewhere."""
+    from conftest import SMALL
+
+    directory = tmp_path_factory.mktemp("single")
+    text = directory / "text.txt"
+    text.write_text((ROOT / "input.txt").read_text(encoding="utf-8")[:16000], encoding="utf-8")
+    settings = SMALL | dict(data=str(text), max_steps=20, val_every=10, B=4)
+    config = train_gpt2.Config(**settings, log_dir=str(directory / "log"))
+    train_gpt2.train(config)
+    return settings, losses(config), losses(config, "val")
+
+
+@pytest.mark.parametrize("B", [1, 2, 3])
+def test_any_B_gives_the_same_losses(single, tmp_path, B):
+    settings, train, val = single
+    config = train_gpt2.Config(**settings | dict(B=B, log_dir=str(tmp_path / "log")))
+    train_gpt2.train(config)
+    assert losses(config) == pytest.approx(train, abs=1e-5)
+    assert losses(config, "val") == pytest.approx(val, abs=1e-5)
+
+
+@pytest.mark.parametrize("processes, B", [(2, 4), (3, 2)])
+def test_any_number_of_processes_gives_the_same_losses(single, tmp_path, processes, B):
+    """Three processes share 8 rows as 2, 3 and 3."""
+    settings, train, val = single
+    config = train_gpt2.Config(**settings | dict(B=B, log_dir=str(tmp_path / "log")))
+    done = run_trainer(config, processes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("step     0 | loss") == 1  # one process tells
+    assert losses(config) == pytest.approx(train, abs=1e-5)
+    assert losses(config, "val") == pytest.approx(val, abs=1e-5)
+
+
+def test_compiled_in_two_processes_then_continued_in_one(single, tmp_path):
+    """The README's two-process run: trains, validates, samples, saves; one process goes on."""
+    settings, train, _ = single
+    settings = settings | dict(
+        compile=True, max_steps=5, warmup_steps=2, sample_every=5, sample_tokens=4, num_samples=3,
+        log_dir=str(tmp_path / "log"),
+    )  # fmt: skip
+    config = train_gpt2.Config(**settings)
+    done = run_trainer(config, processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "compiled in" in done.stdout and "failed" not in done.stdout
+    assert [f"--- sample {i} at step 5" in done.stdout for i in range(3)] == [True] * 3
+    assert losses(config)[0] == pytest.approx(train[0], abs=1e-4)
+    longer = train_gpt2.Config(**settings | dict(max_steps=8, compile=False))
+    train_gpt2.train(longer)
+    assert list(losses(longer)) == list(range(8))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def two_nodes(config) -> list[str]:
+    """The outputs of two torchrun agents with one process each, which must end well."""
+    port = free_port()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    launcher += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test"]
+    command = [*launcher, str(ROOT / "train_gpt2.py"), *command_line(config)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
+    nodes = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    outputs = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    return outputs
+
+
+def test_two_nodes_train_and_continue(single, tmp_path):
+    settings, train, val = single
+    settings = settings | dict(log_dir=str(tmp_path / "log"), sample_every=10, sample_tokens=4)
+    two_nodes(train_gpt2.Config(**settings | dict(max_steps=20, checkpoint_every=10)))
+    config = train_gpt2.Config(**settings)
+    assert losses(config) == pytest.approx(train, abs=1e-5)
+    outputs = two_nodes(train_gpt2.Config(**settings | dict(max_steps=22)))
+    assert "continuing from" in "".join(outputs)
+    assert list(losses(config)) == list(range(22))
+    assert losses(config, "val")[10] == pytest.approx(val[10], abs=1e-5)
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(single, tmp_path):
+    settings, *_ = single
+    config = train_gpt2.Config(
+        **settings | dict(max_steps=100_000, val_every=0, log_dir=str(tmp_path / "log"))
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, "--nproc_per_node=2", str(ROOT / "train_gpt2.py"), *command_line(config)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
+    torchrun = subprocess.Popen(command, **pipes)
+    log, deadline = Path(config.log_dir) / "log.txt", time.monotonic() + 90
+    while "\n5 train" not in (log.read_text() if log.exists() else ""):
+        assert torchrun.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    ranks = {}
+    for child in children:
+        variables = Path(f"/proc/{child}/environ").read_bytes().decode()
+        if match := re.search(r"\0RANK=(\d)", variables):
+            ranks[int(match[1])] = int(child)
+    subprocess.run(["kill", f"-{int(signal.SIGUSR1)}", str(ranks[1])], check=True)
+    output = torchrun.communicate(timeout=60)[0]
+    stopped = int(re.search(r"stopped by SIGUSR1 after step (\d+)", output)[1])
+    assert f"exitcode  : {128 + signal.SIGUSR1}" in output
+    assert (Path(config.log_dir) / f"step_{stopped + 1:05d}" / "train_state.pt").exists()
+    assert max(losses(config)) == stopped

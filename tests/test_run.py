@@ -1,0 +1,307 @@
+"""Whole runs: exact resume, signals, bad numbers, compilation."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, command_line, environment, losses, read_log
+
+import checkpoint
+import train_gpt2
+from errors import UserError
+
+
+def start(config) -> subprocess.Popen:
+    """A run in a process of its own."""
+    arguments = [sys.executable, str(ROOT / "train_gpt2.py"), *command_line(config)]
+    output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(arguments, env=environment(), **output)
+
+
+def wait_for_step(config, step: int, process: subprocess.Popen) -> None:
+    """Returns when the run has logged the loss of `step`."""
+    log = Path(config.log_dir) / "log.txt"
+    deadline = time.monotonic() + 120
+    while f"\n{step} train" not in (log.read_text() if log.exists() else ""):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def finish(process: subprocess.Popen) -> str:
+    """The output of a run that must end well."""
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    return output
+
+
+def assert_same_tensors(a, b, where=""):
+    """Two states must be equal to the last bit."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            if key not in ("settings", "B", "log_dir"):
+                assert_same_tensors(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same_tensors(x, y, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+def assert_same_end(one, other) -> None:
+    """Two runs must have ended in the same weights, training state and log, bit for bit."""
+    a, b = (Path(c.log_dir) / f"step_{c.max_steps:05d}" for c in (one, other))
+    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+    assert_same_tensors(*(torch.load(d / "train_state.pt") for d in (a, b)))
+    assert read_log(one) == read_log(other)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kill_and_resume_is_bit_identical(small, tmp_path, dtype):
+    """kill -9 after a checkpoint, in the second epoch, changes nothing in the end."""
+    settings = dict(
+        dtype=dtype, max_steps=40, checkpoint_every=10, val_every=15, total_batch_size=128, B=2
+    )
+    whole = small(log_dir=str(tmp_path / "whole"), **settings)
+    killed = small(log_dir=str(tmp_path / "killed"), **settings)
+    uninterrupted, process = start(whole), start(killed)
+    wait_for_step(killed, 23, process)
+    process.kill()
+    process.communicate()
+    finish(uninterrupted)
+    assert "continuing from" in finish(start(killed))
+    assert max(losses(whole)) == 39 and set(losses(whole, "val")) == {0, 15, 30, 40}
+    assert_same_end(whole, killed)
+
+
+class Killed(BaseException):
+    """Stands for a kill in tests within one process."""
+
+
+def train_until(config, step: int, monkeypatch) -> None:
+    """Runs until `step` is about to begin, and no further."""
+    original = train_gpt2.get_lr
+
+    def get_lr(now, config):
+        if now == step:
+            raise Killed
+        return original(now, config)
+
+    monkeypatch.setattr(train_gpt2, "get_lr", get_lr)
+    with pytest.raises(Killed):
+        train_gpt2.train(config)
+    monkeypatch.setattr(train_gpt2, "get_lr", original)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("stop", [3, 10, 13, 19])
+def test_resume_from_any_step(small, tmp_path, monkeypatch, shuffle, stop):
+    settings = dict(max_steps=20, checkpoint_every=5, val_every=4, shuffle=shuffle)
+    whole = small(log_dir=str(tmp_path / "whole"), **settings)
+    stopped = small(log_dir=str(tmp_path / "stopped"), **settings)
+    train_gpt2.train(whole)
+    train_until(stopped, stop, monkeypatch)
+    train_gpt2.train(stopped)
+    assert_same_end(whole, stopped)
+
+
+def test_resume_with_another_B(small, tmp_path, monkeypatch):
+    whole = small(log_dir=str(tmp_path / "whole"), max_steps=20, checkpoint_every=10)
+    train_gpt2.train(whole)
+    stopped = small(log_dir=str(tmp_path / "stopped"), max_steps=20, checkpoint_every=10)
+    train_until(stopped, 10, monkeypatch)
+    train_gpt2.train(small(log_dir=stopped.log_dir, max_steps=20, checkpoint_every=10, B=3))
+    assert losses(stopped) == pytest.approx(losses(whole), abs=1e-5)
+
+
+def test_a_longer_run_continues_a_finished_one(small, capsys):
+    train_gpt2.train(small(max_steps=4))
+    train_gpt2.train(small(max_steps=6))
+    assert "max_steps was 4 and is 6" in capsys.readouterr().out
+    assert list(losses(small())) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_saves_the_step_and_the_run_continues(small, tmp_path, monkeypatch, capsys, name):
+    """The signal comes in mid-step; exit code 128 + its number, and nothing is lost."""
+    whole = small(log_dir=str(tmp_path / "whole"), max_steps=12)
+    stopped = small(log_dir=str(tmp_path / "stopped"), max_steps=12)
+    train_gpt2.train(whole)
+    original, number = train_gpt2.get_lr, getattr(signal, name)
+
+    def get_lr(step, config):
+        if step == 7:
+            os.kill(os.getpid(), number)
+        return original(step, config)
+
+    monkeypatch.setattr(train_gpt2, "get_lr", get_lr)
+    assert train_gpt2.train(stopped) == 128 + number
+    assert f"stopped by {name} after step 7" in capsys.readouterr().out
+    assert checkpoint.damage(Path(stopped.log_dir) / "step_00008") is None
+    monkeypatch.setattr(train_gpt2, "get_lr", original)
+    assert train_gpt2.train(stopped) == 0
+    assert_same_end(whole, stopped)
+
+
+def test_a_signal_from_outside_and_a_second_SIGINT(small, tmp_path):
+    """The process exits by the documented codes; a second SIGINT does not wait for the step."""
+    config = small(max_steps=100_000)
+    process = start(config)
+    wait_for_step(config, 3, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "the same command continues the run" in output
+    assert len(checkpoint.list_checkpoints(Path(config.log_dir))) == 1
+
+    # a step that takes minutes: eight rows are nothing, 20,000 micro-batches are
+    endless = small(log_dir=str(tmp_path / "endless"), B=1, total_batch_size=32 * 20_000)
+    process = start(endless)
+    deadline = time.monotonic() + 60
+    while not (Path(endless.log_dir) / "log.txt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(1)  # into the step
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode == 130
+
+
+def spoil_gradients(monkeypatch, steps, value=float("nan")):
+    """Makes the gradient of the loss `value` at the given backward passes."""
+    original, count = train_gpt2.HeadLoss.backward, iter(range(10**9))
+
+    def backward(ctx, grad):
+        dx, dw, *rest = original(ctx, grad)
+        return (dx * value if next(count) in steps else dx, dw, *rest)
+
+    monkeypatch.setattr(train_gpt2.HeadLoss, "backward", staticmethod(backward))
+
+
+def test_a_nan_gradient_skips_the_update(small, monkeypatch, capsys):
+    """Weights and moments stay as they were, bit for bit, and the next step trains."""
+    config = small(max_steps=8, checkpoint_every=1, keep_checkpoints=8)
+    spoil_gradients(monkeypatch, {5})
+    train_gpt2.train(config)
+    assert "step 5: loss" in capsys.readouterr().out
+    states = [Path(config.log_dir) / f"step_{step:05d}" for step in (5, 6, 7)]
+    before, bad, after = (torch.load(path / "train_state.pt")["optimizer"] for path in states)
+    weights = [(path / "model.safetensors").read_bytes() for path in states]
+    assert_same_tensors(before["state"], bad["state"])
+    assert weights[0] == weights[1] != weights[2]
+    assert after["state"][0]["step"] == before["state"][0]["step"] + 1
+    assert all(torch.isfinite(s["exp_avg"]).all() for s in after["state"].values())
+
+
+def test_bad_steps_in_a_row_stop_the_run(small, monkeypatch):
+    config = small(max_steps=20, checkpoint_every=2, max_bad_steps=3)
+    spoil_gradients(monkeypatch, {3, 6, 7, 8, 9, 10})
+    with pytest.raises(UserError, match="max_bad_steps=3.*last good checkpoint is step_00008"):
+        train_gpt2.train(config)
+    assert list(losses(config)) == list(range(9))
+    newest = checkpoint.newest_whole(Path(config.log_dir))
+    model = train_gpt2.GPT.from_pretrained(newest)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_float16_scales_its_gradient(small, tmp_path, monkeypatch, capsys):
+    """Forced float16 trains; an overflow halves the scale and skips; a resume keeps the scale."""
+    config = small(dtype="float16", max_steps=12, checkpoint_every=4)
+    spoil_gradients(monkeypatch, {2, 3, 5}, float("inf"))
+    train_until(config, 10, monkeypatch)
+    output = capsys.readouterr().out
+    assert output.count("gradient overflow: update skipped") == 3
+    state = torch.load(Path(config.log_dir) / "step_00008" / "train_state.pt")
+    assert state["scaler"]["scale"] == 65536 / 8
+    assert state["optimizer"]["state"][0]["step"] == 8 - 3
+    train_gpt2.train(config)
+    state = torch.load(Path(config.log_dir) / "step_00012" / "train_state.pt")
+    assert state["scaler"]["scale"] == 65536 / 8
+    reference = small(log_dir=str(tmp_path / "float32"), max_steps=2)
+    train_gpt2.train(reference)
+    assert losses(config)[1] == pytest.approx(losses(reference)[1], abs=0.02)
+
+
+def test_compiled_training_never_recompiles(small, monkeypatch, capsys):
+    """Validation, odd shapes on the raw model and samples leave the compiled step as it is."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    settings = dict(max_steps=8, val_every=2, sample_every=2, sample_tokens=4, num_samples=2, B=3)
+    config = small(compile=True, **settings)
+    graphs = []
+    original = train_gpt2.samples
+
+    def samples(model, *rest):
+        for shape in ((4, 7), (1, 32), (3, 31)):  # as HellaSwag's
+            model(torch.zeros(shape, dtype=torch.int64))
+        graphs.append(counters["stats"]["unique_graphs"])
+        return original(model, *rest)
+
+    monkeypatch.setattr(train_gpt2, "samples", samples)
+    counters.clear()
+    assert train_gpt2.train(config) == 0
+    assert "compiled in" in capsys.readouterr().out
+    assert graphs == [4] * 4  # trunk and loss kernel, each for training and for validation
+    assert counters["stats"]["unique_graphs"] == 4 and not counters["graph_break"]
+
+    plain = small(log_dir=config.log_dir + "_eager", **settings)
+    train_gpt2.train(plain)
+    assert losses(config) == pytest.approx(losses(plain), abs=1e-4)
+    assert losses(config, "val") == pytest.approx(losses(plain, "val"), abs=1e-4)
+
+
+def test_a_missing_toolchain_falls_back_to_eager(small, monkeypatch, capsys):
+    def no_compiler(*_, **__):
+        raise RuntimeError("no C++ compiler found\nand more lines")
+
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", no_compiler)
+    config = small(compile=True)
+    assert train_gpt2.train(config) == 0
+    output = capsys.readouterr().out
+    assert "torch.compile failed, going on without it" in output
+    assert "no C++ compiler found" in output and "and more lines" not in output
+    assert list(losses(config)) == [0, 1, 2, 3]
+
+
+def test_import_is_light_and_leaves_nothing(tmp_path):
+    """No file, no process group, no heavy package, and little more time than torch alone."""
+    code = (
+        "import time, torch; started = time.perf_counter(); import train_gpt2, sys, os, json;"
+        "print(json.dumps([time.perf_counter() - started, os.listdir('.'),"
+        " torch.distributed.is_initialized(),"
+        " [m for m in ('transformers', 'tiktoken', 'matplotlib', 'torch._inductor.compile_fx')"
+        " if m in sys.modules]]))"
+    )
+    env = environment(PYTHONPATH=str(ROOT), PYTHONDONTWRITEBYTECODE="1")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    seconds, files, initialized, heavy = json.loads(done.stdout)
+    assert seconds < 2 and files == [] and not initialized and heavy == []
+
+
+def test_run_json_records_the_run(small):
+    config = small()
+    train_gpt2.train(config)
+    facts = json.loads((Path(config.log_dir) / "run.json").read_text())
+    assert facts["settings"]["max_lr"] == config.max_lr and facts["finished_step"] == 4
+    assert facts["versions"]["torch"] == torch.__version__
+    assert (
+        facts["parameters"]
+        == train_gpt2.GPT.from_pretrained(Path(config.log_dir) / "step_00004").num_parameters()
+    )
