@@ -76,6 +76,8 @@ def damage(directory: Path) -> str | None:
     """What is wrong with a checkpoint directory, in a few words, or None if it is whole."""
     try:
         files = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        if not files:
+            return f"{MANIFEST} lists no file"
         for name, expected in files.items():
             path = directory / name
             if not path.is_file():
@@ -120,14 +122,16 @@ def newest_whole(log_dir: Path, say=print) -> Path | None:
     return None
 
 
-def prune(log_dir: Path, keep: int, best: int | None) -> None:
-    """Removes all checkpoints but the last `keep` and the one of step `best`.
+def prune(log_dir: Path, newest: int, keep: int, best: int | None) -> None:
+    """Removes all checkpoints but the last `keep` up to step `newest`, and the one of step `best`.
 
-    A directory that cannot be removed stays; partial ones of killed runs go too.
+    newest: the step just written. What is above it was passed over as damaged, and goes too, as do
+    the partial ones of killed runs. A directory that cannot be removed stays.
     """
-    steps = list(list_checkpoints(log_dir).items())
-    for step, path in steps[:-keep]:
-        if step != best:
+    checkpoints = list_checkpoints(log_dir)
+    kept = [step for step in checkpoints if step <= newest][-keep:]
+    for step, path in checkpoints.items():
+        if step not in (*kept, best):
             shutil.rmtree(path, ignore_errors=True)
     for path in (*log_dir.glob(".step_*.partial"), *log_dir.glob(".step_*.replaced")):
         shutil.rmtree(path, ignore_errors=True)

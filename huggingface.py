@@ -81,12 +81,18 @@ def load(source: str) -> tuple[dict, dict]:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{directory / 'config.json'}: {error}; not a model directory") from None
+    config = config if isinstance(config, dict) else {}
     if config.get("model_type") != "gpt2":
-        raise UserError(f"{source}: model_type is {config.get('model_type')!r}, and not 'gpt2'")
+        kind = config.get("model_type")
+        raise UserError(f"{source}: model_type in config.json is {kind!r}, and not 'gpt2'")
     for name, value in FUNCTION.items():
         if config.get(name, value) != value:
             raise UserError(f"{source}: {name} is {config[name]!r}; GPT-2 has {value!r}")
-    shape = {k: config[k] for k in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")}
+    shape = {}
+    for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+        if not isinstance(config.get(name), int) or config[name] < 1:
+            raise UserError(f"{source}: {name} in config.json is {config.get(name)!r}")
+        shape[name] = config[name]
     if config.get("n_inner") not in (None, 4 * shape["n_embd"]):
         raise UserError(f"{source}: n_inner is {config['n_inner']}; GPT-2 has 4 * n_embd")
 
@@ -99,6 +105,9 @@ def load(source: str) -> tuple[dict, dict]:
         if not tensor.isfinite().all():
             raise UserError(f"{source}: {name} holds NaN or inf; the file is damaged")
         weights[name] = tensor.t() if TRANSPOSED.search(name) else tensor
+    for name in ("transformer.wte.weight", "transformer.wpe.weight"):
+        if name not in weights:
+            raise UserError(f"{source}: not this GPT-2: it has no {name}")
     head = weights.pop("lm_head.weight", None)
     if head is not None and not head.equal(weights["transformer.wte.weight"]):
         raise UserError(f"{source}: its output head is not tied to the embedding, as GPT-2's is")
@@ -110,7 +119,7 @@ def find(source: str) -> Path:
     directory = Path(source)
     if directory.is_dir():
         return directory
-    if source not in HUB_NAMES and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if source not in HUB_NAMES and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
         names = ", ".join(HUB_NAMES)
         raise UserError(f"{source!r} is neither a directory nor one of {names} nor owner/name")
     try:

@@ -7,9 +7,17 @@ import subprocess
 from pathlib import Path
 
 import checkpoint
-from errors import SettingError
+from errors import SettingError, UserError
 
 AFRESH = "give that to continue it, or another --log_dir to start afresh"
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """The error to raise when a file of the log directory cannot be written."""
+    return UserError(
+        f"{path}: cannot be written ({error.strerror}); make room and run the same command again, "
+        "or choose another --log_dir"
+    )
 
 
 class RunLog:
@@ -29,11 +37,17 @@ class RunLog:
     def cut(self, step: int) -> None:
         """Forgets what a killed run logged from `step` on, which is about to be done again."""
         kept = [self.line(*values) for values in self.read() if values[0] < step]
-        checkpoint.write_text(self.path, "".join(kept))
+        try:
+            checkpoint.write_text(self.path, "".join(kept))
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
 
     def write(self, step: int, stream: str, value: float) -> None:
-        with open(self.path, "a", encoding="utf-8", newline="\n") as file:
-            file.write(self.line(step, stream, value))
+        try:
+            with open(self.path, "a", encoding="utf-8", newline="\n") as file:
+                file.write(self.line(step, stream, value))
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
 
     @staticmethod
     def line(step: int, stream: str, value: float) -> str:
@@ -45,11 +59,12 @@ class RunLog:
         return min((s for s in steps if s in losses), key=losses.get, default=None)
 
 
-def read_facts(log_dir: Path, resume: bool) -> dict:
+def read_facts(log_dir: Path, resume: bool, settings) -> dict:
     """`run.json` of the run in `log_dir`, or {} where there is no run.
 
-    Raises SettingError where there is one and `resume` is False, or the directory is another
-    program's.
+    settings: the names of settings that it must hold
+    Raises SettingError where there is one and `resume` is False, or it is damaged, or the directory
+    is another program's.
     """
     path, log = log_dir / "run.json", log_dir / "log.txt"
     checkpoints = checkpoint.list_checkpoints(log_dir)
@@ -59,7 +74,12 @@ def read_facts(log_dir: Path, resume: bool) -> dict:
             "leave resume out to continue it"
         )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(facts, dict) or "data" not in facts:
+            raise ValueError("no record of a run")
+        if missing := [name for name in settings if name not in facts.get("settings", {})]:
+            raise ValueError(f"no setting {missing[0]}")
+        return facts
     except FileNotFoundError:
         if log.exists() and not checkpoints:
             raise SettingError(
@@ -67,8 +87,15 @@ def read_facts(log_dir: Path, resume: bool) -> dict:
                 "program's; choose another --log_dir"
             ) from None
         return {}
-    except (OSError, ValueError) as error:
-        raise SettingError(f"{path}: {error}; remove it to continue this run") from None
+    except NotADirectoryError:
+        raise SettingError(
+            f"log_dir={str(log_dir)!r}: no directory; choose another --log_dir"
+        ) from None
+    except OSError as error:
+        raise SettingError(f"{path}: {error.strerror}; choose another --log_dir") from None
+    except (ValueError, TypeError) as error:
+        remedy = "remove it to continue this run" if checkpoints else "choose another --log_dir"
+        raise SettingError(f"{path}: damaged ({error}); {remedy}") from None
 
 
 def check_same_run(config, earlier: dict, names, log_dir: Path) -> None:
@@ -99,8 +126,12 @@ def check_same_data(data: str, fingerprint: str, earlier: str, log_dir: Path) ->
 
 
 def write_facts(log_dir: Path, facts: dict) -> None:
-    """Writes `run.json`."""
-    checkpoint.write_text(log_dir / "run.json", json.dumps(facts, indent=2) + "\n")
+    """Makes `log_dir`, if need be, and writes `run.json`."""
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(log_dir / "run.json", json.dumps(facts, indent=2) + "\n")
+    except OSError as error:
+        raise cannot_write(log_dir / "run.json", error) from None
 
 
 def facts_of(config, **facts) -> dict:

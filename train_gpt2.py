@@ -25,8 +25,10 @@ import math
 import os
 import re
 import signal
+import statistics
 import sys
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from safetensors import SafetensorError
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -103,12 +106,12 @@ class Config:
 
 
 RECIPES = {
-    # two minutes on two CPU cores: 614,400 tokens of a play, 6 times over
+    # two minutes on two CPU cores: half a million tokens, so the play 4.5 times over
     "tiny": dict(
         data="input.txt", n_layer=4, n_head=4, n_embd=128, T=128, B=16, total_batch_size=2048,
-        max_lr=3e-3, min_lr=3e-4, warmup_steps=20, max_steps=300, val_every=50, val_tokens=8192,
-        sample_every=100, sample_prompt="QUEEN MARETH:\n", sample_tokens=120, num_samples=1,
-        log_dir="log_tiny", checkpoint_every=100,
+        max_lr=3e-3, min_lr=3e-4, warmup_steps=20, max_steps=240, val_every=40, val_tokens=8192,
+        sample_every=80, sample_prompt="QUEEN MARETH:\n", sample_tokens=120, num_samples=1,
+        log_dir="log_tiny", checkpoint_every=80,
     ),
     "gpt2": dict(),
     # sizes from GPT-2, learning rates from GPT-3's models of the same size (table 2.1)
@@ -116,9 +119,9 @@ RECIPES = {
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, max_lr=2.5e-4, min_lr=2.5e-5),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4, min_lr=2e-5),
     # GPT-3's context and its ramp over the first 4 B tokens: the 375 M tokens of warm-up then take
-    # 7,147 steps, and 10 B tokens 34,000
+    # 7,297 steps, and 10 B tokens 34,250
     "gpt3-124M": dict(
-        T=2048, batch_ramp_tokens=4_000_000_000, warmup_steps=7147, max_steps=34000,
+        T=2048, batch_ramp_tokens=4_000_000_000, warmup_steps=7297, max_steps=34250,
     ),
 }  # fmt: skip
 RAMP_START = 32768  # tokens per step at the start of a batch ramp (GPT-3, appendix B)
@@ -138,13 +141,15 @@ def check_config(config: Config) -> None:
     positive = "n_layer n_head n_embd T total_batch_size max_steps val_tokens sample_tokens"
     positive += " num_samples keep_checkpoints max_bad_steps max_lr eps"
     for name in positive.split():
-        if not getattr(c, name) > 0:
+        if not 0 < getattr(c, name) < math.inf:
             raise SettingError(f"{name}={getattr(c, name)}: must be above 0")
     natural = "seed B batch_ramp_tokens min_lr warmup_steps weight_decay beta1 beta2 grad_clip"
     natural += " val_every sample_every checkpoint_every"
     for name in natural.split():
         if not 0 <= getattr(c, name) < math.inf:
             raise SettingError(f"{name}={getattr(c, name)}: must be 0 or more")
+    if c.seed >= 2**64:
+        raise SettingError(f"seed={c.seed}: must be below 2**64")
     for name in ("beta1", "beta2"):
         if getattr(c, name) >= 1:
             raise SettingError(f"{name}={getattr(c, name)}: must be below 1")
@@ -564,10 +569,13 @@ class TokenStream:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of the length and of up to 1,024 tokens spread over the stream."""
-        sample = [self.read(i, i + 1) for i in range(0, len(self), max(1, len(self) // 1024))]
-        content = np.concatenate(sample).astype("<u2").tobytes() if sample else b""
-        return hashlib.sha256(str(len(self)).encode() + content).hexdigest()[:16]
+        """A hash of the length and of 16 M tokens in 1,024 places, or of all if there are less."""
+        digest = hashlib.sha256(str(len(self)).encode())
+        distance = math.ceil(len(self) / 1024)
+        for start in range(0, len(self), max(1, distance)):
+            end = min(start + min(distance, 16384), len(self))
+            digest.update(self.read(start, end).astype("<u2").tobytes())
+        return digest.hexdigest()[:16]
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -575,6 +583,8 @@ def open_shard(path: Path) -> np.ndarray:
     try:
         if path.suffix == ".npy":
             shard = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not isinstance(shard, np.ndarray):
+                raise ValueError("an archive of arrays")
         else:
             header = np.fromfile(path, dtype="<i4", count=256)
             if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
@@ -969,15 +979,16 @@ def save_checkpoint(log_dir: Path, step: int, run: "Run") -> None:
 
         try:
             checkpoint.write_directory(log_dir / f"step_{step:05d}", fill)
-        except Exception as error:  # safetensors and torch wrap a full disk in errors of their own
+        except (OSError, SafetensorError, RuntimeError) as error:  # a full disk has all three
             kept = ", ".join(path.name for path in checkpoint.list_checkpoints(log_dir).values())
             raise UserError(
                 f"log_dir={str(log_dir)!r}: the checkpoint of step {step} could not be written "
                 f"({str(error).strip()}); make room and run the same command again "
                 f"(whole checkpoints: {kept or 'none'})"
             ) from None
+        run.processes.say(f"step {step:5d} | saved {log_dir / f'step_{step:05d}'}")
         best = run.log.best(checkpoint.list_checkpoints(log_dir))
-        checkpoint.prune(log_dir, run.config.keep_checkpoints, best)
+        checkpoint.prune(log_dir, step, run.config.keep_checkpoints, best)
     run.processes.barrier()
 
 
@@ -1057,8 +1068,8 @@ def train_step(run: Run, lr: float, stop_row):
 # The run
 
 
-def hours(seconds: float) -> str:
-    """A duration as people read it: 42s, 3m05s, 2h07m."""
+def duration(seconds: float) -> str:
+    """A time span as people read it: 42s, 3m05s, 2h07m."""
     minutes, s = divmod(int(seconds), 60)
     h, m = divmod(minutes, 60)
     return f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s" if m else f"{s}s"
@@ -1072,7 +1083,7 @@ class Report:
         self.peak = None
         if run.processes.device.type == "cuda":
             self.peak = peak_flops(torch.cuda.get_device_name(), run.processes.dtype)
-        self.mean_dt = None
+        self.last_dts = deque(maxlen=20)
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -1088,13 +1099,13 @@ class Report:
         loss, norm, *signal_counts = results.tolist()
         now = time.perf_counter()
         dt, self.clock = now - self.clock, now
-        self.mean_dt = dt if self.mean_dt is None else 0.9 * self.mean_dt + 0.1 * dt
+        self.last_dts.append(dt)
         rate = tokens / dt
         mfu = "n/a"
         if self.peak:
             flops = run.model.flops_per_token(config.T) * rate / run.processes.world_size
             mfu = f"{100 * flops / self.peak:.1f}%"
-        left = hours(self.mean_dt * (config.max_steps - step - 1))
+        left = duration(statistics.median(self.last_dts) * (config.max_steps - step - 1))
         run.processes.say(
             f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
             f"dt: {1000 * dt:.2f}ms | tok/sec: {rate:.2f} | mfu: {mfu} | left: {left}"
@@ -1135,7 +1146,10 @@ def set_up_model(config: Config, state: dict | None, directory: Path | None) -> 
             model.transformer.wte.weight[model.config.vocab_size :] = state["spare_rows"]
         return model
     if config.init_from != "scratch":
-        return GPT.from_pretrained(config.init_from, block_size=config.T)
+        try:
+            return GPT.from_pretrained(config.init_from, block_size=config.T)
+        except UserError as error:
+            raise SettingError(f"init_from={config.init_from!r}: {error}") from None
     torch.manual_seed(config.seed)
     return GPT(
         GPTConfig(
@@ -1151,20 +1165,24 @@ def open_run(config: Config, processes: Processes):
     with settings, data and checkpoint was checked.
     """
     log_dir = Path(config.log_dir)
-    facts = run_record.read_facts(log_dir, config.resume)
-    if facts.get("finished_step") == config.max_steps:
+    names = list(DEFINING)
+    if config.init_from != "scratch":  # which then says what the shape is
+        names = [name for name in names if name not in ("n_layer", "n_head", "n_embd")]
+    facts = run_record.read_facts(log_dir, config.resume, (*DEFINING, "max_steps"))
+    if facts:
+        run_record.check_same_run(config, facts["settings"], names, log_dir)
+    newest = checkpoint.newest_whole(log_dir, processes.say)
+    whole_end = newest == log_dir / f"step_{config.max_steps:05d}"
+    if facts.get("finished_step") == config.max_steps and whole_end:
         processes.say(
             f"{log_dir}: this run is finished, at step {config.max_steps} of {config.max_steps}; "
             "a larger --max_steps goes on, another --log_dir starts afresh"
         )
         return None, None, None
-    newest = checkpoint.newest_whole(log_dir, processes.say)
     state = load_train_state(newest) if newest else None
     train_tokens, val_tokens = open_tokens(config.data)
     check_enough(config, train_tokens, val_tokens)
     for earlier in filter(None, (facts, state)):
-        shape = () if config.init_from == "scratch" else ("n_layer", "n_head", "n_embd")
-        names = [name for name in DEFINING if name not in shape]
         run_record.check_same_run(config, earlier["settings"], names, log_dir)
         run_record.check_same_data(config.data, train_tokens.fingerprint, earlier["data"], log_dir)
     step = state["step"] if state else 0
@@ -1180,7 +1198,6 @@ def open_run(config: Config, processes: Processes):
         restore(run, state)
     tell_set_up(run, val_loader, newest, facts)
     if processes.rank == 0:
-        log_dir.mkdir(parents=True, exist_ok=True)
         run_record.write_facts(log_dir, facts_of_run(run))
         run.log.cut(step)
     warm_up(run.training_model, run.ddp_model, run.loader.B, config.T, processes)
@@ -1260,7 +1277,10 @@ def tell_set_up(run: Run, val_loader: DataLoaderLite, newest: Path | None, facts
         f"{run.processes.device.type} in {dtype} | B={loader.B}, {micro_steps} micro-steps, "
         f"{config.total_batch_size:,} tokens a step"
     )
-    epochs = config.max_steps * rows / loader.windows
+    position = 0
+    for _ in range(config.max_steps):
+        position += batch_rows(position, config)
+    epochs = position / loader.windows
     say(
         f"{config.data}: {len(loader.tokens):,} tokens to train on ({epochs:.2f} epochs in "
         f"{config.max_steps} steps), {len(val_loader.tokens):,} for validation"
@@ -1321,6 +1341,9 @@ def train(config: Config) -> int:
                 report.restart_clock()
 
             # one step of the optimization
+            epoch, row = divmod(run.loader.position, run.loader.windows)
+            if epoch > 0 and row < batch_rows(run.loader.position, config):
+                processes.say(f"step {step:5d} | epoch {epoch + 1} of the data has begun")
             lr = get_lr(step, config)
             tokens = batch_rows(run.loader.position, config) * config.T
             launched = (step, lr, tokens, train_step(run, lr, signals.row()))
@@ -1364,7 +1387,11 @@ def parse_config(arguments: list[str]) -> Config:
 
 
 def main() -> int:
-    code = train(parse_config(sys.argv[1:]))
+    try:
+        code = train(parse_config(sys.argv[1:]))
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        raise UserError(f"{reason}; give a smaller --B, or 0 for the most that fit") from None
     if dist.is_initialized():
         dist.destroy_process_group()
     return code

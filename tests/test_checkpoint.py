@@ -1,0 +1,387 @@
+"""Checkpoints: whole or not there, found and pruned as promised, and readable by everyone else."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import losses
+
+import checkpoint
+import tokenizer
+import train_gpt2
+from errors import UserError
+from run_record import RunLog
+
+FILES = {"a.bin": b"0123456789" * 1000, "b.txt": b"words\n"}
+
+
+def fill(directory: Path) -> None:
+    """Writes FILES."""
+    for name, content in FILES.items():
+        (directory / name).write_bytes(content)
+
+
+def content(directory: Path) -> dict[str, bytes | None]:
+    """{relative path: bytes, or None for a directory} of all below `directory`."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
+        for path in directory.rglob("*")
+    }
+
+
+def make(log_dir: Path, *steps: int) -> dict[int, Path]:
+    """Whole checkpoints of these steps."""
+    paths = {step: log_dir / f"step_{step:05d}" for step in steps}
+    for path in paths.values():
+        checkpoint.write_directory(path, fill)
+    return paths
+
+
+# -------------------------------------------------------------------------------------------------
+# One directory, whole or not there
+
+
+def test_a_written_directory_is_whole_and_lists_size_and_hash_of_every_file(tmp_path):
+    target = tmp_path / "log" / "step_00001"
+    checkpoint.write_directory(target, fill)
+    listed = json.loads((target / "files.json").read_text())
+    assert listed == {
+        name: {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+        for name, raw in FILES.items()
+    }
+    assert {path.name for path in target.iterdir()} == {*FILES, "files.json"}
+    assert checkpoint.damage(target) is None
+    assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("there", [False, True], ids=["new", "there before"])
+def test_a_fill_that_raises_leaves_everything_as_it_was(tmp_path, error, there):
+    make(tmp_path, 1, *([2] if there else []))
+    before = content(tmp_path)
+
+    def fail(directory):
+        (directory / "a.bin").write_bytes(b"half")
+        raise error
+
+    with pytest.raises(BaseException) as raised:
+        checkpoint.write_directory(tmp_path / "step_00002", fail)
+    assert raised.value is error or raised.type is error
+    assert content(tmp_path) == before
+
+
+def test_while_it_is_filled_no_checkpoint_is_seen(tmp_path):
+    seen = []
+
+    def look(directory):
+        fill(directory)
+        seen.append(checkpoint.list_checkpoints(tmp_path))
+
+    checkpoint.write_directory(tmp_path / "step_00001", look)
+    assert seen == [{}] and list(checkpoint.list_checkpoints(tmp_path)) == [1]
+
+
+def test_a_damaged_directory_and_a_partial_one_are_replaced(tmp_path):
+    target = make(tmp_path, 1)[1]
+    (target / "a.bin").write_bytes(b"")
+    (target / "left over").write_bytes(b"x")
+    partial = tmp_path / ".step_00001.partial"
+    partial.mkdir()
+    (partial / "c.txt").write_text("of a killed run")
+    checkpoint.write_directory(target, fill)
+    assert checkpoint.damage(target) is None
+    assert {path.name for path in target.iterdir()} == {*FILES, "files.json"}
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def flip_one_byte(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[5000] ^= 1
+    path.write_bytes(raw)
+
+
+DAMAGES = {
+    "missing": (lambda d: (d / "a.bin").unlink(), "a.bin is missing"),
+    "a directory": (
+        lambda d: ((d / "a.bin").unlink(), (d / "a.bin").mkdir()),
+        "a.bin is missing",
+    ),
+    "truncated": (lambda d: os.truncate(d / "a.bin", 9_999), "a.bin has 9,999 bytes, not 10,000"),
+    "emptied": (lambda d: os.truncate(d / "a.bin", 0), "a.bin has 0 bytes, not 10,000"),
+    "grown": (lambda d: os.truncate(d / "a.bin", 10_001), "a.bin has 10,001 bytes, not 10,000"),
+    "altered": (lambda d: flip_one_byte(d / "a.bin"), "a.bin was altered"),
+    "no list": (lambda d: (d / "files.json").unlink(), "files.json is missing"),
+    "no JSON": (lambda d: (d / "files.json").write_text("{"), "files.json cannot be read"),
+    "empty list": (lambda d: (d / "files.json").write_text(""), "files.json cannot be read"),
+    "no text": (lambda d: (d / "files.json").write_bytes(b"\xff\x00"), "files.json cannot be read"),
+    "a list": (lambda d: (d / "files.json").write_text("[1]"), "files.json cannot be read"),
+    "other JSON": (
+        lambda d: (d / "files.json").write_text('{"a.bin": 1}'),
+        "files.json cannot be read",
+    ),
+    "nothing listed": (lambda d: (d / "files.json").write_text("{}"), "files.json"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_damage_is_named(tmp_path, case):
+    harm, words = DAMAGES[case]
+    target = make(tmp_path, 1)[1]
+    harm(target)
+    reason = checkpoint.damage(target)
+    assert reason is not None and words in reason
+
+
+# -------------------------------------------------------------------------------------------------
+# Several directories
+
+
+def test_newest_whole_passes_over_damaged_ones_and_says_so(tmp_path):
+    paths = make(tmp_path, 5, 10, 15, 100000)
+    flip_one_byte(paths[100000] / "a.bin")
+    (paths[15] / "b.txt").unlink()
+    said = []
+    assert checkpoint.newest_whole(tmp_path, said.append) == paths[10]
+    assert len(said) == 2
+    assert all(
+        str(paths[step]) in line and word in line
+        for step, word, line in zip((100000, 15), ("a.bin", "b.txt"), said)
+    )
+
+
+def test_newest_whole_says_nothing_where_the_newest_is_whole(tmp_path):
+    paths = make(tmp_path, 99999, 100000)
+    said = []
+    assert checkpoint.newest_whole(tmp_path, said.append) == paths[100000] and said == []
+
+
+def test_newest_whole_is_none_where_there_is_no_checkpoint(tmp_path):
+    assert checkpoint.newest_whole(tmp_path) is None
+    assert checkpoint.newest_whole(tmp_path / "not there") is None
+    for name in ("step_1", "step_00001.old", ".step_00001.partial", "model"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step_00002").write_text("a file")
+    assert checkpoint.newest_whole(tmp_path) is None
+
+
+def test_newest_whole_raises_where_all_are_damaged(tmp_path):
+    for path in make(tmp_path, 1, 2).values():
+        (path / "a.bin").unlink()
+    said = []
+    with pytest.raises(UserError, match="damaged") as error:
+        checkpoint.newest_whole(tmp_path, said.append)
+    assert str(tmp_path) in str(error.value) and "--log_dir" in str(error.value)
+    assert len(said) == 2
+
+
+@pytest.mark.parametrize(
+    "keep, best, left",
+    [
+        (1, None, [50]),
+        (2, None, [40, 50]),
+        (2, 10, [10, 40, 50]),
+        (2, 50, [40, 50]),
+        (1, 30, [30, 50]),
+        (9, 20, [10, 20, 30, 40, 50]),
+    ],
+)
+def test_prune_keeps_the_last_ones_and_the_best_and_touches_nothing_else(
+    tmp_path, keep, best, left
+):
+    others = ("step_1", "notes", "step_00010.old", "step_00060x", ".hidden")
+    for name in others:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
+    (tmp_path / "log.txt").write_text("0 train 10.9\n")
+    before = content(tmp_path)
+    make(tmp_path, 10, 20, 30, 40, 50)
+    (tmp_path / ".step_00050.partial").mkdir()
+    (tmp_path / ".step_00050.replaced").mkdir()
+    checkpoint.prune(tmp_path, 50, keep, best)
+    assert list(checkpoint.list_checkpoints(tmp_path)) == left
+    kept = {f"step_{step:05d}" for step in left}
+    after = content(tmp_path)
+    assert {name: raw for name, raw in after.items() if name.split(os.sep)[0] not in kept} == before
+    assert all(checkpoint.damage(tmp_path / name) is None for name in kept)
+
+
+# -------------------------------------------------------------------------------------------------
+# log.txt
+
+
+def test_log_reads_what_it_wrote_and_is_a_line_per_value(tmp_path):
+    log = RunLog(tmp_path)
+    assert log.read() == []
+    log.write(0, "val", 10.8249131)
+    log.write(0, "train", 10.9)
+    log.write(1, "train", float("inf"))
+    assert log.path.read_bytes() == b"0 val 10.824913\n0 train 10.900000\n1 train inf\n"
+    assert log.read() == [(0, "val", 10.824913), (0, "train", 10.9), (1, "train", float("inf"))]
+
+
+@pytest.mark.parametrize("partial", ["3", "3 train", "3 train 9.", "3 train 9.123456"])
+def test_log_passes_over_a_partial_last_line_and_cut_removes_it(tmp_path, partial):
+    log = RunLog(tmp_path)
+    lines = "".join(f"{step} train {9 - step}.000000\n" for step in range(3))
+    log.path.write_text(lines + partial)
+    assert [step for step, _, _ in log.read()] == [0, 1, 2]
+    log.cut(3)
+    assert log.path.read_text() == lines
+    log.write(3, "train", 1.0)
+    assert log.path.read_text() == lines + "3 train 1.000000\n"
+
+
+def test_log_cut_forgets_what_is_done_again_and_makes_the_file(tmp_path):
+    log = RunLog(tmp_path)
+    log.cut(0)
+    assert log.path.read_text() == "" and list(tmp_path.iterdir()) == [log.path]
+    for step in range(4):
+        log.write(step, "val", step)
+        log.write(step, "train", step)
+    log.cut(2)
+    assert [(s, stream) for s, stream, _ in log.read()] == [
+        (0, "val"), (0, "train"), (1, "val"), (1, "train"),
+    ]  # fmt: skip
+    log.cut(0)
+    assert log.path.read_text() == ""
+
+
+def test_log_best_is_the_lowest_validation_among_the_steps_asked(tmp_path):
+    log = RunLog(tmp_path)
+    assert log.best([0, 1]) is None
+    for step, value in enumerate([9.0, 5.0, 7.0, 6.0]):
+        log.write(step, "val", value)
+        log.write(step, "train", -value)
+    assert log.best([0, 1, 2, 3]) == 1
+    assert log.best([0, 2, 3]) == 3
+    assert log.best([7]) is None
+    assert log.best({}) is None
+
+
+# -------------------------------------------------------------------------------------------------
+# Checkpoints of runs
+
+# Opens a checkpoint as a stranger would: torch, safetensors and transformers, nothing of ours.
+STRANGER = """
+import json, sys
+import numpy, torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+directory, windows, text = sys.argv[1:]
+state = torch.load(directory + "/train_state.pt")
+weights = load_file(directory + "/model.safetensors")
+model = AutoModelForCausalLM.from_pretrained(directory).eval()
+idx = torch.from_numpy(numpy.load(windows))
+with torch.no_grad():
+    logits = model(idx[:, :-1]).logits
+loss = torch.nn.functional.cross_entropy(logits.double().flatten(0, 1), idx[:, 1:].flatten())
+print(json.dumps({
+    "ours": [name for name in sys.modules if name in ("train_gpt2", "huggingface", "checkpoint")],
+    "state": sorted(state), "step": state["step"],
+    "weights": {name: list(tensor.shape) for name, tensor in weights.items()},
+    "dtypes": sorted({str(tensor.dtype) for tensor in weights.values()}),
+    "theirs": {name: list(tensor.shape) for name, tensor in model.state_dict().items()},
+    "loss": loss.item(),
+    "ids": AutoTokenizer.from_pretrained(directory)(text)["input_ids"],
+}))
+"""
+
+
+def test_a_stranger_opens_a_checkpoint_and_finds_the_validation_loss_that_was_logged(
+    small, text_file, tmp_path
+):
+    config = small(val_every=2, val_tokens=320, n_head=4, device="cpu")
+    assert train_gpt2.train(config) == 0
+    directory = Path(config.log_dir) / "step_00004"
+
+    tokens = np.array(tokenizer.get_encoding().encode_ordinary(text_file.read_text()))
+    held_out = tokens[len(tokens) * 9 // 10 :]
+    windows = np.stack([held_out[i * 32 : i * 32 + 33] for i in range(320 // 32)])
+    np.save(tmp_path / "windows.npy", windows)
+    text = "MARETH:\nWho's there, at  12 o'clock? \u00e9\u4e2d\U0001f600"
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", STRANGER, str(directory), str(tmp_path / "windows.npy"), text],
+        cwd=outside, env=env | {"HF_HUB_OFFLINE": "1"}, capture_output=True, timeout=240,
+        encoding="utf-8",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+
+    assert found["ours"] == []
+    assert found["loss"] == pytest.approx(losses(config, "val")[4], abs=1e-4)
+    assert found["step"] == 4
+    assert {"optimizer", "scaler", "position", "rng", "settings", "spare_rows"} <= {*found["state"]}
+    theirs = {name: shape for name, shape in found["theirs"].items() if name != "lm_head.weight"}
+    assert found["weights"] == theirs  # so no _orig_mod. and no module.
+    assert found["weights"]["transformer.wte.weight"] == [50257, 32]
+    assert found["dtypes"] == ["torch.float32"]
+    assert found["ids"] == tokenizer.get_encoding().encode_ordinary(text)
+
+
+def test_train_state_holds_no_name_of_a_wrapper(small):
+    config = small(max_steps=1)
+    train_gpt2.train(config)
+    state = torch.load(Path(config.log_dir) / "step_00001" / "train_state.pt")
+
+    def names(value):
+        if isinstance(value, dict):
+            return [str(k) for k in value] + [name for v in value.values() for name in names(v)]
+        return []
+
+    assert names(state) and not any("_orig_mod" in n or "module." in n for n in names(state))
+
+
+@pytest.mark.parametrize(
+    "keep, max_lr",
+    [(1, 0.3), (2, 0.3), (3, 1e-3)],
+    ids=["the last and the best", "the last two and the best", "the last three, the best of them"],
+)
+def test_a_run_keeps_the_last_the_best_and_the_final_checkpoint(small, keep, max_lr):
+    config = small(
+        keep_checkpoints=keep, checkpoint_every=1, val_every=1, val_tokens=320, max_steps=6,
+        max_lr=max_lr, warmup_steps=6,
+    )  # fmt: skip
+    train_gpt2.train(config)
+    log_dir = Path(config.log_dir)
+    validations = losses(config, "val")
+    best = min((step for step in validations if step > 0), key=validations.get)
+    assert (best < 6 - keep) == (max_lr == 0.3), "the case is not what it is to be"
+    left = checkpoint.list_checkpoints(log_dir)
+    assert set(left) == {best, *range(7 - keep, 7)}
+    assert all(checkpoint.damage(path) is None for path in left.values())
+    assert {path.name for path in log_dir.iterdir()} == {
+        "log.txt", "run.json", *(path.name for path in left.values()),
+    }  # fmt: skip
+
+
+def test_checkpoint_every_0_leaves_the_final_one(small):
+    config = small(checkpoint_every=0, keep_checkpoints=3)
+    train_gpt2.train(config)
+    assert list(checkpoint.list_checkpoints(Path(config.log_dir))) == [4]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_checkpoint_just_written_outlives_damaged_newer_ones(small, keep):
+    """Damaged checkpoints that a restarted run passed over do not count among the last ones kept:
+    killed again right after its first checkpoint, the run has that one to continue from."""
+    config = small(checkpoint_every=1, keep_checkpoints=6, max_steps=6)
+    train_gpt2.train(config)
+    log_dir = Path(config.log_dir)
+    for step, path in checkpoint.list_checkpoints(log_dir).items():
+        if step >= 3:
+            os.truncate(path / "train_state.pt", 100)
+    (log_dir / "run.json").unlink()  # the final one is to be reached again
+    config = small(checkpoint_every=3, keep_checkpoints=keep, max_steps=6)
+    run, _, first = train_gpt2.open_run(config, train_gpt2.set_up_processes(config))
+    assert first == 2
+    train_gpt2.save_checkpoint(log_dir, 3, run)
+    assert checkpoint.newest_whole(log_dir) == log_dir / "step_00003"
