@@ -93,6 +93,10 @@ def load(source: str) -> tuple[dict, dict]:
         if not isinstance(config.get(name), int) or config[name] < 1:
             raise UserError(f"{source}: {name} in config.json is {config.get(name)!r}")
         shape[name] = config[name]
+    if shape["n_embd"] % shape["n_head"]:
+        raise UserError(
+            f"{source}: n_embd={shape['n_embd']} is no multiple of n_head={shape['n_head']}"
+        )
     if config.get("n_inner") not in (None, 4 * shape["n_embd"]):
         raise UserError(f"{source}: n_inner is {config['n_inner']}; GPT-2 has 4 * n_embd")
 
@@ -105,9 +109,14 @@ def load(source: str) -> tuple[dict, dict]:
         if not tensor.isfinite().all():
             raise UserError(f"{source}: {name} holds NaN or inf; the file is damaged")
         weights[name] = tensor.t() if TRANSPOSED.search(name) else tensor
-    for name in ("transformer.wte.weight", "transformer.wpe.weight"):
-        if name not in weights:
-            raise UserError(f"{source}: not this GPT-2: it has no {name}")
+    for name, rows in (("wte", shape["vocab_size"]), ("wpe", shape["n_positions"])):
+        tensor = weights.get(f"transformer.{name}.weight")
+        if tensor is None or tensor.shape != (rows, shape["n_embd"]):
+            found = None if tensor is None else tuple(tensor.shape)
+            raise UserError(
+                f"{source}: not this GPT-2: transformer.{name}.weight is {found}, and not "
+                f"{(rows, shape['n_embd'])} as its config.json says"
+            )
     head = weights.pop("lm_head.weight", None)
     if head is not None and not head.equal(weights["transformer.wte.weight"]):
         raise UserError(f"{source}: its output head is not tied to the embedding, as GPT-2's is")
@@ -147,12 +156,16 @@ def read_tensors(directory: Path) -> dict:
     if not path.exists():
         path = directory / "pytorch_model.bin"
     try:
-        if path.suffix == ".bin":
-            return torch.load(path, map_location="cpu", weights_only=True)
-        return load_file(path)
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        if not all(isinstance(tensor, torch.Tensor) for tensor in dict(tensors).values()):
+            raise ValueError("not a plain {name: tensor}")
+        return tensors
     except FileNotFoundError:
         raise UserError(f"{directory}: neither model.safetensors nor pytorch_model.bin") from None
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: {str(error).strip().splitlines()[0]}; damaged") from None
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, EOFError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: {reason}; damaged, or another program's") from None
     except Exception as error:  # pickle.UnpicklingError: more than tensors in it
         raise UserError(f"{path}: refused, not plain tensors ({type(error).__name__})") from None

@@ -826,9 +826,10 @@ def set_up_processes(config: Config) -> Processes:
 
 # Dense bfloat16 or float16 peaks of the datasheets, in TFLOP/s; the first name that fits counts.
 PEAK_TFLOPS = {
-    "B200": 2250, "GH200": 989.5, "H200": 989.5, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989.5,
-    "H800": 989.5, "H20": 148, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121,
-    "A40": 149.7, "A30": 165, "A10G": 70, "A10": 125, "RTX A6000": 154.8, "RTX 6000 Ada": 364.2,
+    "GB200": 2500, "B200": 2250, "GH200": 989.5, "H200": 989.5, "H100 PCIe": 756, "H100 NVL": 835,
+    "H100": 989.5, "H800": 989.5, "H20": 148, "A100": 312, "A800": 312, "L40S": 362, "L40": 181,
+    "L4": 121, "A40": 149.7, "A30": 165, "A10G": 70, "A10": 125, "RTX A6000": 154.8,
+    "RTX 6000 Ada": 364.2,
     "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 4080": 97.5, "RTX 3090": 71, "V100": 125, "T4": 65,
 }  # fmt: skip
 
@@ -837,8 +838,10 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
     """Floating-point operations per second that a GPU of this name could do; None if unknown."""
     if dtype == torch.float32:
         return None
-    fits = (tflops for name, tflops in PEAK_TFLOPS.items() if name in device_name)
-    return next((1e12 * tflops for tflops in fits), None)
+    for name, tflops in PEAK_TFLOPS.items():
+        if re.search(rf"\b{name}\b", device_name):
+            return 1e12 * tflops
+    return None
 
 
 def fits(model: GPT, B: int, T: int, processes: Processes) -> bool:
@@ -1354,8 +1357,7 @@ def train(config: Config) -> int:
             if stop:
                 if waiting:
                     report(*waiting)
-                if not (log_dir / f"step_{step + 1:05d}").exists():
-                    save_checkpoint(log_dir, step + 1, run)
+                save_checkpoint(log_dir, step + 1, run)
                 processes.say(
                     f"stopped by {signal.Signals(stop).name} after step {step}, saved "
                     f"{log_dir / f'step_{step + 1:05d}'}; the same command continues the run"
