@@ -582,9 +582,7 @@ def open_shard(path: Path) -> np.ndarray:
     """A memory-mapped uint16 array of a `.npy` shard (numpy's) or a `.bin` one (llm.c's)."""
     try:
         if path.suffix == ".npy":
-            shard = np.load(path, mmap_mode="r", allow_pickle=False)
-            if not isinstance(shard, np.ndarray):
-                raise ValueError("an archive of arrays")
+            shard = np.lib.format.open_memmap(path, mode="r")
         else:
             header = np.fromfile(path, dtype="<i4", count=256)
             if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
@@ -592,7 +590,7 @@ def open_shard(path: Path) -> np.ndarray:
             if path.stat().st_size != 1024 + 2 * int(header[2]):
                 raise ValueError(f"truncated: its header promises {int(header[2]):,} tokens")
             shard = np.memmap(path, dtype="<u2", mode="r", offset=1024)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy's parser of a damaged header raises anything
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: not a whole shard: {reason}; make it again") from None
     if shard.dtype != np.uint16 or shard.ndim != 1:
@@ -630,13 +628,15 @@ def open_tokens(data: str) -> tuple[TokenStream, TokenStream]:
     if not path.is_dir():
         raise SettingError(f"data={data!r}: no such directory or file; {WAYS_OUT}")
     streams = []
-    for split in ("train", "val"):
-        files = [f for f in path.iterdir() if f.suffix in (".npy", ".bin") and split in f.name]
+    shards = sorted(f for f in path.iterdir() if f.suffix in (".npy", ".bin"))
+    for split, other in (("train", "val"), ("val", "train")):
+        files = [f for f in shards if split in f.name]
+        if both := [f for f in files if other in f.name]:
+            raise SettingError(f"{both[0]}: named both train and val; rename it")
         if not files:
             raise SettingError(
                 f"data={data!r}: no shards (.npy, .bin) with {split!r} in the name; {WAYS_OUT}"
             )
-        files.sort()
         streams.append(TokenStream([open_shard(f) for f in files], [str(f) for f in files]))
     return streams[0], streams[1]
 
@@ -648,7 +648,7 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     more goes round again, so that range(n) maps onto itself. It needs no memory however large n is,
     and no state to resume. (Black and Rogaway 2002, "Ciphers with arbitrary finite domains".)
     """
-    keys = np.random.SeedSequence([seed, epoch]).generate_state(8, np.uint64)
+    keys = np.random.SeedSequence(seed, spawn_key=(epoch,)).generate_state(8, np.uint64)
     half = np.uint64(((n - 1).bit_length() + 1) // 2)
     mask = (np.uint64(1) << half) - np.uint64(1)
     result = index.astype(np.uint64)

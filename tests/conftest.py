@@ -9,7 +9,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # more only cost at these sizes
 
 # A run of well under a second: 8 rows of 32 tokens a step, float32, uncompiled.
 SMALL = dict(
