@@ -108,7 +108,7 @@ class Config:
 RECIPES = {
     # two minutes on two CPU cores: half a million tokens, so the play 4.5 times over
     "tiny": dict(
-        data="input.txt", n_layer=4, n_head=4, n_embd=128, T=128, B=16, total_batch_size=2048,
+        data="input.txt", n_layer=4, n_head=4, n_embd=128, T=128, B=8, total_batch_size=2048,
         max_lr=3e-3, min_lr=3e-4, warmup_steps=20, max_steps=240, val_every=40, val_tokens=8192,
         sample_every=80, sample_prompt="QUEEN MARETH:\n", sample_tokens=120, num_samples=1,
         log_dir="log_tiny", checkpoint_every=80,

@@ -11,9 +11,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # more only cost at these sizes
 
-# A run of well under a second: 8 rows of 32 tokens a step, float32, uncompiled.
+# A run of a second: 4 rows of 32 tokens a step, float32, uncompiled.
 SMALL = dict(
-    n_layer=2, n_head=2, n_embd=32, T=32, B=8, total_batch_size=256, max_lr=1e-3, min_lr=1e-4,
+    n_layer=2, n_head=2, n_embd=32, T=32, B=4, total_batch_size=128, max_lr=1e-3, min_lr=1e-4,
     warmup_steps=2, max_steps=4, val_every=0, val_tokens=1024, sample_every=0, checkpoint_every=0,
     dtype="float32", compile=False,
 )  # fmt: skip

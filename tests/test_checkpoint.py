@@ -348,7 +348,7 @@ def test_train_state_holds_no_name_of_a_wrapper(small):
 def test_a_run_keeps_the_last_the_best_and_the_final_checkpoint(small, keep, max_lr):
     config = small(
         keep_checkpoints=keep, checkpoint_every=1, val_every=1, val_tokens=320, max_steps=6,
-        max_lr=max_lr, warmup_steps=6,
+        max_lr=max_lr, warmup_steps=6, B=8, total_batch_size=256,
     )  # fmt: skip
     train_gpt2.train(config)
     log_dir = Path(config.log_dir)

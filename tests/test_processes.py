@@ -39,7 +39,7 @@ def test_any_B_gives_the_same_losses(single, tmp_path, B):
 
 @pytest.mark.parametrize("processes, B", [(2, 4), (3, 2)])
 def test_any_number_of_processes_gives_the_same_losses(single, tmp_path, processes, B):
-    """Three processes share 8 rows as 2, 3 and 3."""
+    """Three processes share 4 rows as 1, 1 and 2."""
     settings, train, val = single
     config = train_gpt2.Config(**settings | dict(B=B, log_dir=str(tmp_path / "log")))
     done = run_trainer(config, processes)
