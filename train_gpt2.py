@@ -745,6 +745,11 @@ class Processes:
     device: torch.device
     dtype: torch.dtype  # of matrix products; float32 means no autocast
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the device may still be computing what a call has returned."""
+        return self.device.type == "cuda"
+
     def autocast(self):
         return torch.autocast(
             self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
@@ -1308,7 +1313,9 @@ def train(config: Config) -> int:
     config, log_dir = run.config, Path(config.log_dir)
     val_rows = min(config.val_tokens // config.T, val_loader.windows)
     val_loss = None
-    waiting = None  # on a GPU: the step launched last, which is told once the next one is launched
+    # Where the device runs ahead, a step is told once the next one is launched, so that the device
+    # never waits for the console: this is the step launched last.
+    waiting = None
 
     with StopSignals(processes.device) as signals:
         report = Report(run, signals)
@@ -1350,7 +1357,7 @@ def train(config: Config) -> int:
             lr = get_lr(step, config)
             tokens = batch_rows(run.loader.position, config) * config.T
             launched = (step, lr, tokens, train_step(run, lr, signals.row()))
-            if processes.device.type == "cuda":
+            if processes.runs_ahead:
                 launched, waiting = waiting, launched
             if launched:
                 stop = report(*launched) or stop

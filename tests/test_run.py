@@ -130,12 +130,28 @@ def test_a_longer_run_continues_a_finished_one(small, capsys):
     assert list(losses(small())) == [0, 1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_a_signal_saves_the_step_and_the_run_continues(small, tmp_path, monkeypatch, capsys, name):
-    """The signal comes in mid-step; exit code 128 + its number, and nothing is lost."""
-    whole = small(log_dir=str(tmp_path / "whole"), max_steps=12)
-    stopped = small(log_dir=str(tmp_path / "stopped"), max_steps=12)
-    train_gpt2.train(whole)
+@pytest.fixture
+def ahead(monkeypatch):
+    """Tells steps as on a GPU, one later: results must not depend on it."""
+    monkeypatch.setattr(train_gpt2.Processes, "runs_ahead", True)
+
+
+def test_telling_steps_late_changes_nothing(small, tmp_path, monkeypatch):
+    """The log, the checkpoints and what is in them are those of a run that tells at once."""
+    settings = dict(max_steps=9, checkpoint_every=3, val_every=2, keep_checkpoints=4)
+    at_once = small(log_dir=str(tmp_path / "at_once"), **settings)
+    late = small(log_dir=str(tmp_path / "late"), **settings)
+    train_gpt2.train(at_once)
+    monkeypatch.setattr(train_gpt2.Processes, "runs_ahead", True)
+    train_gpt2.train(late)
+    assert_same_end(at_once, late)
+    for step in (3, 6):
+        states = [Path(c.log_dir) / f"step_{step:05d}" / "train_state.pt" for c in (at_once, late)]
+        assert_same_tensors(*map(torch.load, states))
+
+
+def stop_by_signal(config, name: str, monkeypatch) -> int:
+    """The exit code of a run that gets the signal in the middle of step 7."""
     original, number = train_gpt2.get_lr, getattr(signal, name)
 
     def get_lr(step, config):
@@ -144,10 +160,32 @@ def test_a_signal_saves_the_step_and_the_run_continues(small, tmp_path, monkeypa
         return original(step, config)
 
     monkeypatch.setattr(train_gpt2, "get_lr", get_lr)
-    assert train_gpt2.train(stopped) == 128 + number
+    code = train_gpt2.train(config)
+    monkeypatch.setattr(train_gpt2, "get_lr", original)
+    return code
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_saves_the_step_and_the_run_continues(small, tmp_path, monkeypatch, capsys, name):
+    """The signal comes in mid-step; exit code 128 + its number, and nothing is lost."""
+    whole = small(log_dir=str(tmp_path / "whole"), max_steps=12)
+    stopped = small(log_dir=str(tmp_path / "stopped"), max_steps=12)
+    train_gpt2.train(whole)
+    assert stop_by_signal(stopped, name, monkeypatch) == 128 + getattr(signal, name)
     assert f"stopped by {name} after step 7" in capsys.readouterr().out
     assert checkpoint.damage(Path(stopped.log_dir) / "step_00008") is None
-    monkeypatch.setattr(train_gpt2, "get_lr", original)
+    assert train_gpt2.train(stopped) == 0
+    assert_same_end(whole, stopped)
+
+
+def test_a_signal_where_steps_are_told_late(small, tmp_path, monkeypatch, capsys, ahead):
+    """The step launched meanwhile is saved and logged too."""
+    whole = small(log_dir=str(tmp_path / "whole"), max_steps=12)
+    stopped = small(log_dir=str(tmp_path / "stopped"), max_steps=12)
+    train_gpt2.train(whole)
+    assert stop_by_signal(stopped, "SIGTERM", monkeypatch) == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM after step 8" in capsys.readouterr().out
+    assert list(losses(stopped)) == list(range(9))
     assert train_gpt2.train(stopped) == 0
     assert_same_end(whole, stopped)
 
@@ -304,3 +342,27 @@ def test_run_json_records_the_run(small):
         facts["parameters"]
         == train_gpt2.GPT.from_pretrained(Path(config.log_dir) / "step_00004").num_parameters()
     )
+
+
+def test_fine_tuning_starts_from_the_given_model(small, tmp_path, capsys):
+    """The first validation loss is the source's in transformers; the shape is the source's too."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    source = GPT2LMHeadModel(GPT2Config(n_positions=64, n_embd=48, n_layer=1, n_head=3)).eval()
+    source.save_pretrained(tmp_path / "source")
+    settings = dict(init_from=str(tmp_path / "source"), T=16, total_batch_size=64, val_every=2)
+    config = small(**settings, val_tokens=320)
+    train_gpt2.train(config)
+    _, tokens = train_gpt2.open_tokens(config.data)
+    windows = [tokens.read(i * 16, i * 16 + 17).astype("int64") for i in range(20)]
+    x = torch.tensor([w.tolist() for w in windows])
+    with torch.no_grad():
+        logits = source(x[:, :-1]).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten())
+    assert losses(config, "val")[0] == pytest.approx(expected.item(), abs=1e-4)
+    assert losses(config, "val")[4] < losses(config, "val")[0]
+    train_gpt2.train(small(**settings, val_tokens=320, max_steps=5))
+    assert "continuing from" in capsys.readouterr().out
+    facts = json.loads((Path(config.log_dir) / "run.json").read_text())
+    assert [facts["settings"][name] for name in ("n_embd", "n_layer", "n_head")] == [48, 1, 3]
