@@ -6,7 +6,7 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
         --rdzv_endpoint=HOST:29500 train_gpt2.py               # and on two nodes (shared log_dir)
 
-The 124M run starts at a loss of about 10.95 and is to pass OpenAI's GPT-2 on FineWeb-Edu validation
+The 124M run starts at a loss of about 10.98 and is to pass OpenAI's GPT-2 on FineWeb-Edu validation
 (3.2924) within its 10 B tokens. Any setting of `Config` below can be given as `--name=value`.
 
 Writes, in `log_dir`: `log.txt` (`step stream value` lines), `run.json` (settings, versions) and
@@ -18,6 +18,7 @@ programs nanoGPT and build-nanogpt, whose names are kept.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -106,12 +107,13 @@ class Config:
 
 
 RECIPES = {
-    # two minutes on two CPU cores: half a million tokens, so the play 4.5 times over
+    # two minutes on two CPU cores: 614,400 tokens, so the play 5.7 times over; compiling would take
+    # longer than it saves
     "tiny": dict(
         data="input.txt", n_layer=4, n_head=4, n_embd=128, T=128, B=8, total_batch_size=2048,
-        max_lr=3e-3, min_lr=3e-4, warmup_steps=20, max_steps=240, val_every=40, val_tokens=8192,
-        sample_every=80, sample_prompt="QUEEN MARETH:\n", sample_tokens=120, num_samples=1,
-        log_dir="log_tiny", checkpoint_every=80,
+        max_lr=3e-3, min_lr=3e-4, warmup_steps=20, max_steps=300, val_every=50, val_tokens=8192,
+        sample_every=100, sample_prompt="QUEEN MARETH:\n", sample_tokens=120, num_samples=1,
+        log_dir="log_tiny", checkpoint_every=100, compile=False,
     ),
     "gpt2": dict(),
     # sizes from GPT-2, learning rates from GPT-3's models of the same size (table 2.1)
@@ -813,6 +815,18 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
+def keep_freed_memory() -> None:
+    """Has glibc keep the memory of freed tensors for the next ones.
+
+    By default it returns large blocks to the kernel, which maps and clears them page by page when
+    the next tensor needs them: a third of the time of a step on a CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        for parameter in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, in bytes
+            mallopt(parameter, 2**31 - 1)
+
+
 def set_up_processes(config: Config) -> Processes:
     """Joins the process group that torchrun set up, if any, and picks device and dtype."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -826,6 +840,8 @@ def set_up_processes(config: Config) -> Processes:
             dist.init_process_group("gloo")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
+    elif device.type == "cpu":
+        keep_freed_memory()
     return Processes(rank, world_size, device, pick_dtype(config.dtype, device))
 
 
