@@ -144,12 +144,12 @@ def check_config(config: Config) -> None:
     positive += " num_samples keep_checkpoints max_bad_steps max_lr eps"
     for name in positive.split():
         if not 0 < getattr(c, name) < math.inf:
-            raise SettingError(f"{name}={getattr(c, name)}: must be above 0")
+            raise SettingError(f"{name}={getattr(c, name)}: must be above 0 and finite")
     natural = "seed B batch_ramp_tokens min_lr warmup_steps weight_decay beta1 beta2 grad_clip"
     natural += " val_every sample_every checkpoint_every"
     for name in natural.split():
         if not 0 <= getattr(c, name) < math.inf:
-            raise SettingError(f"{name}={getattr(c, name)}: must be 0 or more")
+            raise SettingError(f"{name}={getattr(c, name)}: must be 0 or more and finite")
     if c.seed >= 2**64:
         raise SettingError(f"seed={c.seed}: must be below 2**64")
     for name in ("beta1", "beta2"):

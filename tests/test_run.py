@@ -332,6 +332,21 @@ def test_import_is_light_and_leaves_nothing(tmp_path):
     assert seconds < 2 and files == [] and not initialized and heavy == []
 
 
+def test_tiny_runs_from_any_directory(tmp_path):
+    """The README's first command, for two steps: validation, sample, checkpoint, all right here."""
+    command = [sys.executable, str(ROOT / "train_gpt2.py"), "tiny", "--max_steps=2"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(HOME=str(tmp_path)), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("validation loss") == 2
+    assert "--- sample 0 at step 2\nQUEEN MARETH:\n" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["log_tiny"]
+    assert sorted(path.name for path in (tmp_path / "log_tiny").iterdir()) == [
+        "log.txt", "run.json", "step_00002",
+    ]  # fmt: skip
+
+
 def test_run_json_records_the_run(small):
     config = small()
     train_gpt2.train(config)

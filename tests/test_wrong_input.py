@@ -722,7 +722,7 @@ def test_without_room_for_the_log_the_run_ends_with_one_line_and_a_rerun_complet
 # In a process of its own
 
 
-def test_from_a_shell_wrong_data_and_a_wrong_setting_are_one_line_and_code_2(small, tmp_path):
+def test_from_a_shell_wrong_data_is_one_line_and_code_2(small, tmp_path):
     config = small(data=str(tmp_path / "gone"))
     before = tree(tmp_path)
     done = run_trainer(config)
