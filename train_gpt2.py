@@ -669,7 +669,8 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
 class DataLoaderLite:
     """Serves this process's share of the one global stream of windows, a step at a time.
 
-    Every micro-batch has B rows; rows that a process has left over are filled up with `IGNORE`.
+    A micro-batch has B rows (fewer early in a batch ramp); what a process's share leaves over of
+    them is filled up with `IGNORE`.
     """
 
     def __init__(
@@ -693,6 +694,11 @@ class DataLoaderLite:
         self.position = 0  # rows of the stream served so far
         self.pool, self.ahead = ThreadPoolExecutor(max_workers=1), None
 
+    @property
+    def epoch(self) -> int:
+        """Of the next row, counted from 0."""
+        return self.position // self.windows
+
     def windows_of(self, rows: np.ndarray) -> np.ndarray:
         """The windows that rows of the global stream hold."""
         if not self.shuffle:
@@ -703,14 +709,22 @@ class DataLoaderLite:
             windows[here] = permute(windows[here], self.windows, self.seed, int(epoch))
         return windows
 
-    def batch(self, first: int, rows: int):
+    def micro_batch(self, rows: int) -> int:
+        """Rows of a micro-batch in a step of `rows` rows: as few as will do, but B or a power of
+        two, since each size is compiled once."""
+        share = math.ceil(rows / self.num_processes)
+        needed = math.ceil(share / math.ceil(share / self.B))
+        return min(self.B, 1 << (needed - 1).bit_length())
+
+    def batch(self, first: int, rows: int, B: int | None = None):
         """This process's share of rows [first, first + rows): x, y int64 (micro-steps, B, T).
 
         Raises UserError for a token id that the model does not have.
         """
+        B = B or self.B
         begin, end = (first + rows * r // self.num_processes for r in (self.rank, self.rank + 1))
-        micro_steps = math.ceil(math.ceil(rows / self.num_processes) / self.B)
-        x = np.zeros((micro_steps * self.B, self.T), dtype=np.int64)
+        micro_steps = math.ceil(math.ceil(rows / self.num_processes) / B)
+        x = np.zeros((micro_steps * B, self.T), dtype=np.int64)
         y = np.full_like(x, IGNORE)
         for i, window in enumerate(self.windows_of(np.arange(begin, end))):
             start = int(window) * self.T
@@ -722,16 +736,21 @@ class DataLoaderLite:
                     f"the model has {self.vocab_size}: not tokenized with GPT-2's tokenizer?"
                 )
             x[i], y[i] = row[:-1], row[1:]
-        batch = [torch.from_numpy(a).view(micro_steps, self.B, self.T) for a in (x, y)]
+        batch = [torch.from_numpy(a).view(micro_steps, B, self.T) for a in (x, y)]
         return [a.pin_memory() for a in batch] if torch.cuda.is_available() else batch
 
     def next_step(self):
         """(x, y, rows): as `batch`, for the next step; the one after is prepared meanwhile."""
-        rows = self.rows_at(self.position)
-        x, y = self.ahead.result() if self.ahead else self.batch(self.position, rows)
+        rows, ahead = self.rows_at(self.position), self.ahead or self.prepare()
+        x, y = ahead.result()
         self.position += rows
-        self.ahead = self.pool.submit(self.batch, self.position, self.rows_at(self.position))
+        self.ahead = self.prepare()
         return x, y, rows
+
+    def prepare(self):
+        """The future of the batch at the present position."""
+        rows = self.rows_at(self.position)
+        return self.pool.submit(self.batch, self.position, rows, self.micro_batch(rows))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1328,7 +1347,7 @@ def train(config: Config) -> int:
         return 0
     config, log_dir = run.config, Path(config.log_dir)
     val_rows = min(config.val_tokens // config.T, val_loader.windows)
-    val_loss = None
+    val_loss, epoch = None, run.loader.epoch
     # Where the device runs ahead, a step is told once the next one is launched, so that the device
     # never waits for the console: this is the step launched last.
     waiting = None
@@ -1367,9 +1386,9 @@ def train(config: Config) -> int:
                 report.restart_clock()
 
             # one step of the optimization
-            epoch, row = divmod(run.loader.position, run.loader.windows)
-            if epoch > 0 and row < batch_rows(run.loader.position, config):
-                processes.say(f"step {step:5d} | epoch {epoch + 1} of the data has begun")
+            if run.loader.epoch > epoch:
+                epoch = run.loader.epoch
+                processes.say(f"step {step:5d} | epoch {epoch + 1} of the data")
             lr = get_lr(step, config)
             tokens = batch_rows(run.loader.position, config) * config.T
             launched = (step, lr, tokens, train_step(run, lr, signals.row()))

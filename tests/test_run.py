@@ -381,3 +381,19 @@ def test_fine_tuning_starts_from_the_given_model(small, tmp_path, capsys):
     assert "continuing from" in capsys.readouterr().out
     facts = json.loads((Path(config.log_dir) / "run.json").read_text())
     assert [facts["settings"][name] for name in ("n_embd", "n_layer", "n_head")] == [48, 1, 3]
+
+
+def test_each_epoch_is_told_once(small, capsys):
+    """In the line before the first step that begins in it."""
+    config = small(total_batch_size=48 * 32, B=48, max_steps=9)
+    train_gpt2.train(config)
+    output = capsys.readouterr().out
+    windows = (len(train_gpt2.open_tokens(config.data)[0]) - 1) // 32
+    first = [-(-windows * epoch // 48) for epoch in (1, 2, 3)]
+    told = [
+        f"step {step:5d} | epoch {epoch} of the data"
+        for step, epoch in zip(first, (2, 3, 4))
+        if step < 9
+    ]
+    assert len(told) >= 2
+    assert [line for line in output.splitlines() if "| epoch" in line] == told
