@@ -67,6 +67,8 @@ def write_directory(target: Path, fill) -> None:
         partial.rename(target)
         flush(target.parent)
     except BaseException:
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
         shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(replaced, ignore_errors=True)

@@ -32,7 +32,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def note(self, index, number, frame):
-        if number == signal.SIGINT and self.received is not None:
+        if number == signal.SIGINT and self.received == index:
             raise KeyboardInterrupt
         self.received = index
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command_line, environment, losses, run_trainer
+from conftest import ROOT, SMALL, command_line, environment, losses, run_trainer
 
 import train_gpt2
 
@@ -17,8 +17,6 @@ import train_gpt2
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     """The losses of 20 steps on one process, with the settings to repeat them elsewhere."""
-    from conftest import SMALL
-
     directory = tmp_path_factory.mktemp("single")
     text = directory / "text.txt"
     text.write_text((ROOT / "input.txt").read_text(encoding="utf-8")[:16000], encoding="utf-8")

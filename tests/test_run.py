@@ -165,6 +165,22 @@ def stop_by_signal(config, name: str, monkeypatch) -> int:
     return code
 
 
+def test_a_SIGINT_after_another_signal_still_waits_for_the_step(small, monkeypatch):
+    """^C while a scheduler's SIGTERM is being obeyed must not lose the step."""
+    original = train_gpt2.get_lr
+
+    def get_lr(step, config):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(step, config)
+
+    monkeypatch.setattr(train_gpt2, "get_lr", get_lr)
+    config = small(max_steps=6)
+    assert train_gpt2.train(config) == 128 + signal.SIGINT
+    assert checkpoint.damage(Path(config.log_dir) / "step_00003") is None
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_saves_the_step_and_the_run_continues(small, tmp_path, monkeypatch, capsys, name):
     """The signal comes in mid-step; exit code 128 + its number, and nothing is lost."""
