@@ -1,4 +1,4 @@
-"""A settings dataclass as a command line: `[recipe] [--name=value ...]`.
+"""A settings dataclass as a command line: `[recipe] [--name=value ...]`, or without recipes.
 
 The names, types and defaults are the dataclass's fields, the help is the comment beside each.
 """
@@ -22,10 +22,13 @@ def parse(settings: type, recipes: dict[str, dict], arguments: list[str], descri
     parser = Parser(
         allow_abbrev=False,
         description=description,
-        usage="%(prog)s [recipe] [--setting=value ...]",
+        usage=f"%(prog)s {'[recipe] ' if recipes else ''}[--setting=value ...]",
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=32, width=100),
     )
-    parser.add_argument("recipe", nargs="?", help=", ".join(recipes))
+    if recipes:
+        parser.add_argument("recipe", nargs="?", help=", ".join(recipes))
+    else:
+        parser.set_defaults(recipe=None)
     for name, comment in comments(settings).items():
         text = f"{comment} [{fields[name].default}]".replace("%", "%%")
         parser.add_argument(f"--{name}", metavar="X", help=text)

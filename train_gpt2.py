@@ -46,6 +46,7 @@ import checkpoint
 import command_line
 import huggingface
 import run_record
+import token_shards
 import tokenizer
 from errors import SettingError, UserError, run_main
 from run_record import RunLog
@@ -59,6 +60,7 @@ from stop_signals import StopSignals
 class Config:
     # data
     data: str = "edu_fineweb10B"  # a directory of token shards (.npy, .bin), or one .txt file
+    check_data: bool = True  # read all shards through, if they have a manifest, before training
     shuffle: bool = True  # a new order of the windows each epoch; False: file order
     seed: int = 1337  # of the initialization and the order of the windows
     init_from: str = "scratch"  # scratch, gpt2[-medium|-large|-xl], or a Hugging Face directory
@@ -629,8 +631,9 @@ def open_tokens(data: str) -> tuple[TokenStream, TokenStream]:
         raise SettingError(f"data={data!r}: neither a directory of shards nor a .txt file")
     if not path.is_dir():
         raise SettingError(f"data={data!r}: no such directory or file; {WAYS_OUT}")
+    token_shards.read_manifest(path)  # where there is one, all that it lists must be here
     streams = []
-    shards = sorted(f for f in path.iterdir() if f.suffix in (".npy", ".bin"))
+    shards = sorted(f for f in path.iterdir() if f.suffix in token_shards.SUFFIXES)
     for split, other in (("train", "val"), ("val", "train")):
         files = [f for f in shards if split in f.name]
         if both := [f for f in files if other in f.name]:
@@ -641,6 +644,19 @@ def open_tokens(data: str) -> tuple[TokenStream, TokenStream]:
             )
         streams.append(TokenStream([open_shard(f) for f in files], [str(f) for f in files]))
     return streams[0], streams[1]
+
+
+def check_shards(config: Config, processes: "Processes") -> None:
+    """Compares the shards with the hashes in their manifest, if there is one: each process a part.
+
+    Raises UserError where a shard was altered.
+    """
+    path = find_data(config.data)
+    if config.check_data and path.is_dir() and (manifest := token_shards.read_manifest(path)):
+        start, shards = time.perf_counter(), manifest["shards"]
+        token_shards.check_hashes(path, shards[processes.rank :: processes.world_size])
+        seconds = time.perf_counter() - start
+        processes.say(f"{config.data}: {len(shards)} shards are as made ({seconds:.1f} s)")
 
 
 def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
@@ -1225,6 +1241,7 @@ def open_run(config: Config, processes: Processes):
     state = load_train_state(newest) if newest else None
     train_tokens, val_tokens = open_tokens(config.data)
     check_enough(config, train_tokens, val_tokens)
+    check_shards(config, processes)
     for earlier in filter(None, (facts, state)):
         run_record.check_same_run(config, earlier["settings"], names, log_dir)
         run_record.check_same_data(config.data, train_tokens.fingerprint, earlier["data"], log_dir)
