@@ -38,9 +38,13 @@ def flush(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a small file beside its place and renames it there."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8", newline="\n")
-    flush(partial)
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+        flush(partial)
+        os.replace(partial, path)
+    except OSError:  # a full disk is not to be kept full
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_directory(target: Path, fill) -> None:

@@ -17,12 +17,21 @@ class SettingError(UserError):
     """A UserError that every process of a run meets alike, so that only the first one tells it."""
 
 
+def is_follower() -> bool:
+    """Whether another process of this run is its first: a rank that makes no sense is none."""
+    rank, world = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    return rank.isdecimal() and world.isdecimal() and 0 < int(rank) < int(world)
+
+
 def run_main(main) -> None:
     """Exits with what `main()` returns; with one line and code 2 on a UserError; with 130 on ^C."""
+    for stream in (sys.stdout, sys.stderr):  # a name that the console cannot show is no error
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except UserError as error:
-        if not (isinstance(error, SettingError) and int(os.environ.get("RANK", 0)) > 0):
+        if not (isinstance(error, SettingError) and is_follower()):
             print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:

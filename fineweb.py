@@ -74,6 +74,7 @@ class Config:
 FINEWEB_EDU = {"name": "sample-10BT", "out": "edu_fineweb10B"}
 # What decides the shards' contents, beside the source itself.
 DEFINING = ("name", "text_column", "separator", "shard_size", "val_tokens", "prefix")
+START_METHOD = "spawn"  # of workers; a fork would copy locks that threads of ours may hold
 SAVE_S = 5  # seconds from one record of the place reached to the next: what a kill costs
 # To tell how much disk is needed: of English text, and of FineWeb-Edu's parquet files, of which
 # 28.5 GB hold 9.95 B tokens.
@@ -94,7 +95,8 @@ def check_config(config: Config) -> Config:
 
     need(config.source, "source", "name a dataset on the Hub or a local file")
     need(config.out, "out", "name the directory for the shards, --out=mydata")
-    need(not Path(config.out).is_file(), "out", "is a file; name a directory")
+    there = os.path.exists(config.out)
+    need(not there or os.path.isdir(config.out), "out", "is no directory; name one")
     need(config.shard_size >= 1, "shard_size", "must be at least 1 token")
     need(0 <= config.val_tokens <= config.shard_size, "val_tokens", "must be from 0 to shard_size")
     need(config.workers >= 0, "workers", "must be at least 0")
@@ -116,7 +118,7 @@ class Launch(NamedTuple):
 
 
 def find_launch() -> Launch:
-    """From torchrun's variables, or srun's. Raises SettingError where they contradict."""
+    """From torchrun's variables, or srun's. Raises UserError where they contradict."""
     for rank, world, local_world in (
         ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
         # srun sets them for the tasks of a step; a batch script itself lacks the second one.
@@ -127,10 +129,11 @@ def find_launch() -> Launch:
                 launch = Launch(*(int(os.environ.get(n, 1)) for n in (rank, world, local_world)))
             except ValueError:
                 launch = None
-            if launch is None or not 0 <= launch.rank < launch.world:
-                raise SettingError(
+            if launch is None or not 0 <= launch.rank < launch.world or launch.local_world < 1:
+                share = f" ({local_world}={os.environ.get(local_world, 1)} of them here)"
+                raise UserError(
                     f"{rank}={os.environ[rank]}: must be a number below "
-                    f"{world}={os.environ[world]}; unset both to work alone"
+                    f"{world}={os.environ[world]}{share}; unset all to work alone"
                 )
             return launch
     return Launch(0, 1, 1)
@@ -155,13 +158,16 @@ class LocalFiles:
     def drop_before(self, index: int) -> None:
         pass
 
+    def remove(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
 
 def share_of(files: list, launch: Launch) -> list:
-    """A rank's run of consecutive files."""
-    first, stop = (len(files) * rank // launch.world for rank in (launch.rank, launch.rank + 1))
+    """A rank's run of consecutive files; the first rank, which makes `val`, has some if any has."""
+    first, stop = (-(-len(files) * rank // launch.world) for rank in (launch.rank, launch.rank + 1))
     return files[first:stop]
 
 
@@ -171,8 +177,14 @@ def open_sources(config: Config, launch: Launch, local: list[Path] | None, recor
     They are recorded, or compared with those recorded before.
     """
     known = record.load()
+    if local is None:
+        try:
+            import datasets  # noqa: F401
+            import huggingface_hub  # noqa: F401
+        except ImportError as error:
+            raise not_installed(error) from None
     if local is None and not known:
-        commit, files = hub.list_files(config.source, config.name, say)
+        commit, files = hub.list_files(config.source, config.name, record.commit_of_others, say)
         if unknown := [f["file"] for f in files if not text_sources.format_of(f["file"])]:
             raise UserError(
                 f"source={config.source!r}: {unknown[0]} is of no known kind; choose a dataset of "
@@ -196,7 +208,8 @@ def open_sources(config: Config, launch: Launch, local: list[Path] | None, recor
 
 def names_hash(files) -> str:
     """Of the names alone: all processes must see the same files."""
-    return hashlib.sha256("\n".join(Path(file).name for file in files).encode()).hexdigest()
+    names = "\n".join(Path(file).name for file in files)
+    return hashlib.sha256(os.fsencode(names)).hexdigest()
 
 
 def all_pieces(files, count: int, place: Place, config: Config):
@@ -325,14 +338,17 @@ def make_from(number: int, record: Record, pool, files, config: Config, window: 
                 files.drop_before(place.file)
                 saved = time.monotonic()
     except UserError:
-        if not shard.file.closed:
+        if not shard.file.closed and (shard.tokens or number):
             record.save_open(shard, number, place)
+        elif not shard.file.closed:
+            shard.discard()
         raise
     if shard.tokens:
         record.add(shard, number, place)
+        number += 1
     else:
         shard.discard()
-    record.complete(place.counts)
+    record.complete(number, place.counts)
 
 
 def count_workers(config: Config, launch: Launch) -> int:
@@ -371,14 +387,17 @@ def tell_size(record: Record, files, config: Config, say) -> float:
 
 def make_shards(config: Config, launch: Launch, record: Record, files, say) -> None:
     """Makes all shards of this process's share that are not there yet."""
+    tokenizer.get_encoder(config.engine)  # what it lacks is told once, and not by each worker
     expected = tell_size(record, files, config, say)
     tokens = record.tokens + (record.facts["open"]["tokens"] if record.facts["open"] else 0)
     if tokens:
         say(f"{record.directory}: going on after {tokens:,} tokens")
-    # Unless told otherwise, new interpreters: a fork copies locks that threads may hold.
-    method = multiprocessing.get_start_method(allow_none=True) or "spawn"
-    context, workers = multiprocessing.get_context(method), count_workers(config, launch)
+    context, workers = multiprocessing.get_context(START_METHOD), count_workers(config, launch)
     pool = ProcessPoolExecutor(workers, context, start_worker, (config.engine,))
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the workers inherit it
+    for _ in range(workers):
+        pool.submit(int)
+    signal.signal(signal.SIGINT, handler)
     progress = Progress(expected, tokens, record.facts["sources"], launch.rank == 0)
     try:
         while (number := record.next_missing()) is not None:
@@ -411,9 +430,33 @@ def tell_end(record: Record, finished: bool, whole: bool, seconds: float, tokens
     print(text, flush=True)
 
 
+def not_installed(error: ImportError) -> SettingError:
+    return SettingError(f"{error.name}: not installed; pip install -r requirements.txt")
+
+
+@contextlib.contextmanager
+def removing_if_empty(lock: Path, new: list[Path]):
+    """At the end removes a lock that is alone in its directory, and the directories `new`."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if [*lock.parent.iterdir()] == [lock]:  # nothing came of it
+                lock.unlink()
+                for path in new:
+                    with contextlib.suppress(OSError):
+                        path.rmdir()
+
+
 def build(config: Config, launch: Launch) -> int:
     """Makes the shards of this process's share, and tells what there is. Returns the exit code."""
-    from filelock import FileLock, Timeout
+    try:
+        import pyarrow  # noqa: F401
+        import tiktoken  # noqa: F401
+        import tqdm  # noqa: F401
+        from filelock import FileLock, Timeout
+    except ImportError as error:
+        raise not_installed(error) from None
 
     def say(line: str) -> None:
         rank = f"rank {launch.rank}: " if launch.world > 1 else ""
@@ -421,17 +464,19 @@ def build(config: Config, launch: Launch) -> int:
 
     start, out = time.monotonic(), Path(config.out)
     local = text_sources.find_local(config.source, out, say)
-    if local is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", config.source):
-        raise SettingError(
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", config.source)
+    if local is None and (not on_hub or text_sources.format_of(config.source)):
+        raise UserError(
             f"source={config.source!r}: no such file or directory, and no dataset on the Hub, "
             "which would be OWNER/NAME"
         )
     settings = {"source": config.source if local is None else ""}
     settings |= {name: getattr(config, name) for name in DEFINING}
     lock = out / f".lock_{launch.rank:05d}"
+    new = [path for path in (out, *out.parents) if not os.path.exists(path)]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock, timeout=10):
+        with FileLock(lock, timeout=10), removing_if_empty(lock, new):
             record = Record(out, settings, launch.rank, launch.world)
             files = open_sources(config, launch, local, record, say)
             try:
@@ -440,6 +485,7 @@ def build(config: Config, launch: Launch) -> int:
                 if not finished:
                     make_shards(config, launch, record, files, say)
                     record.close()
+                files.remove()
             finally:
                 files.close()
             whole = record.merge()
@@ -451,12 +497,10 @@ def build(config: Config, launch: Launch) -> int:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise no_room(out) from None
-        raise UserError(f"{error.filename or out}: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            if [*out.iterdir()] == [lock]:  # nothing came of it
-                lock.unlink()
-                out.rmdir()
+        raise UserError(
+            f"{error.filename or out}: {error.strerror or error}; mend that and run the same "
+            "command again, or choose another --out"
+        ) from None
     tell_end(record, finished, whole, time.monotonic() - start, record.tokens - before)
     return 0
 

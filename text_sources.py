@@ -17,10 +17,11 @@ import functools
 import glob
 import json
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
-from errors import SettingError, UserError
+from errors import UserError
 
 FORMATS = {
     ".parquet": "parquet",
@@ -48,25 +49,30 @@ def find_local(source: str, out: Path, say) -> list[Path] | None:
 
     None where it means none here. What lies in `out` is not meant; `say(line)` hears what else is
     left out of a directory.
-    Raises SettingError where there are files, but none of a known kind.
+    Raises UserError where there are files, but none of a known kind.
     """
-    path = Path(source)
-    if path.is_file():
+    path, is_directory = Path(source), os.path.isdir(source)
+    if os.path.isfile(source):  # which takes a name that is too long for none
         found = [path]
-    elif path.is_dir():
-        found = [file for file in path.rglob("*") if file.is_file() and file.name[0] != "."]
-        found = [file for file in found if out.resolve() not in file.resolve().parents]
+    elif is_directory:
+        names = (file.relative_to(path) for file in path.rglob("*"))
+        found = [path / name for name in names if not any(p[0] == "." for p in name.parts)]
     else:
         found = [Path(name) for name in glob.glob(source, recursive=True)]
-        found = [file for file in found if file.is_file()]
-    if not found and not path.is_dir():
+    found = [file for file in found if file.is_file()]
+    if found != [path]:
+        found = [file for file in found if out.resolve() not in file.resolve().parents]
+    if not found and not is_directory:
         return None
-    files = sorted(file for file in found if format_of(file.name))
+    files = sorted({file for file in found if format_of(file.name)})  # a glob may say one twice
     if not files:
-        raise SettingError(
+        raise UserError(
             f"source={source!r}: no file of a known kind; .parquet, .jsonl and .txt are read, the "
             "last two also as .gz and .zst"
         )
+    for file in files:
+        if os.fsencode(file) != str(file).encode(errors="replace"):
+            raise UserError(f"{str(file)!r}: a file's name must be UTF-8; rename it")
     if others := sorted(set(found) - set(files)):
         names = ", ".join(str(file) for file in others[:3])
         say(f"left out, of no known kind: {names}{' ...' if len(others) > 3 else ''}")
@@ -133,12 +139,18 @@ def open_parquet(path: Path | str, column: str):
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path, buffer_size=1 << 20)  # so that a large group is read by pages
+        # A buffer, so that a large group is read by pages; their checksums, where it has them.
+        file = pq.ParquetFile(
+            pa.OSFile(os.fsencode(path)), buffer_size=1 << 20, page_checksum_verification=True
+        )
         schema = file.schema_arrow
-    except (pa.ArrowException, OSError) as error:
+        names = schema.names
+    except (pa.ArrowException, OSError, ValueError) as error:  # a name that is no UTF-8
         raise unreadable(path, error) from None
-    if column not in schema.names:
-        raise no_column(str(path), column, schema.names)
+    if column not in names:
+        raise no_column(str(path), column, names)
+    if names.count(column) > 1:
+        raise UserError(f"{path}: {names.count(column)} columns {column!r}; name another")
     kind = schema.field(column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     kinds = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
@@ -149,9 +161,8 @@ def open_parquet(path: Path | str, column: str):
 
 def group_bytes(metadata, group: int, column: str) -> int:
     """The uncompressed size of a column in a row group."""
-    row_group = metadata.row_group(group)
-    chunks = map(row_group.column, range(row_group.num_columns))
-    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
+    columns = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+    return metadata.row_group(group).column(columns.index(column)).total_uncompressed_size
 
 
 def parquet_pieces(path: Path, file: int, start: int, column: str):
@@ -179,22 +190,27 @@ def stream_pieces(path: Path, file: int, start: int, column: str, separator: str
     if kind == "jsonl":
         read, find_cut = (read_jsonl, str(path), column), after_line
     elif separator:
-        mark = separator.encode()
+        mark = os.fsencode(separator)
         read, find_cut = (read_separated, mark), functools.partial(after_separator, mark)
     else:
         read, find_cut = (read_text,), between_lines
     try:
         with contextlib.ExitStack() as stack:
-            raw = stack.enter_context(pa.OSFile(str(path)))
+            raw = stack.enter_context(pa.OSFile(os.fsencode(path)))
             stream, size = raw, raw.size()
+            if packed and size == 0:
+                raise EOFError("empty, which no packed file is")
             if packed:
                 stream = stack.enter_context(pa.CompressedInputStream(raw, packed))
                 skip(stream, start)
             else:
                 raw.seek(start)
             text, searched = bytearray(), 0
-            while block := stream.read(PIECE):
+            # Up to a multiple of PIECE, so that the cuts after `start` depend on `start` alone.
+            while block := stream.read(PIECE - len(text) % PIECE):
                 text += block
+                if len(text) % PIECE:  # less came than was asked for
+                    continue
                 if cut := find_cut(text, searched):
                     part, done = bytes(text[:cut]), raw.tell() / size
                     yield Piece(file, start, start + cut, (*read, start, part), done)
@@ -202,7 +218,8 @@ def stream_pieces(path: Path, file: int, start: int, column: str, separator: str
                     del text[:cut]
                 searched = len(text)
             if text or start == 0:  # an empty file, too, may be a document
-                yield Piece(file, start, start + len(text), (*read, start, bytes(text)), 1.0)
+                stop = start + max(1, len(text))  # so that to go on from it is not to begin again
+                yield Piece(file, start, stop, (*read, start, bytes(text)), 1.0)
     except (pa.ArrowException, OSError, EOFError) as error:
         raise unreadable(path, error) from None
 
@@ -227,17 +244,17 @@ def after_separator(separator: bytes, text: bytearray, searched: int) -> int:
 
 
 def between_lines(text: bytearray, searched: int) -> int:
-    """After a line end between two characters that are not white space.
+    """Before a line end that is followed by a character that is no white space.
 
-    There GPT-2's pre-tokenizer makes the line end a token of its own, looking neither before nor
-    behind it, so the tokens of the two sides are those of the whole.
+    There GPT-2's pre-tokenizer makes that line end a token of its own, and what white space is
+    before it another one, as at the end of a text: the tokens of the two sides are those of the
+    whole.
     """
     end = len(text) - 4  # the character after it must be here in full
     while (i := text.rfind(b"\n", max(0, searched - 5), max(0, end))) > 0:
-        before = bytes(text[max(0, i - 4) : i]).decode(errors="ignore")[-1:]
         after = bytes(text[i + 1 : i + 5]).decode(errors="ignore")[:1]
-        if before and after and not before.isspace() and not after.isspace():
-            return i + 1
+        if after and not after.isspace():
+            return i
         end = i
     return 0
 

@@ -45,11 +45,10 @@ def read_manifest(directory: Path) -> dict | None:
         return None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        promised = {str(shard["file"]): int(shard["bytes"]) for shard in manifest["shards"]}
-        if not all(isinstance(shard["sha256"], str) for shard in manifest["shards"]):
-            raise ValueError("a shard without a hash")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SettingError(f"{path}: damaged ({error!r}); {AGAIN}") from None
+        check_entries(manifest["shards"])
+    except DAMAGED as error:
+        raise damaged(path, error) from None
+    promised = {shard["file"]: shard["bytes"] for shard in manifest["shards"]}
     for name, size in promised.items():
         if not (directory / name).is_file():
             raise SettingError(f"{directory / name}: missing, though {MANIFEST} has it; {AGAIN}")
@@ -63,11 +62,28 @@ def read_manifest(directory: Path) -> dict | None:
     return manifest
 
 
-def check_hashes(directory: Path, shards: list[dict]) -> None:
-    """Reads shards of a manifest through. Raises UserError where one was altered."""
-    for shard, good in zip(shards, are_whole(directory, shards)):
-        if not good:
-            raise UserError(f"{directory / shard['file']}: altered (SHA-256); {AGAIN}")
+DAMAGED = (OSError, ValueError, KeyError, TypeError, RecursionError)
+
+
+def damaged(path: Path, error: Exception) -> SettingError:
+    """The error to raise for a manifest that is not as `Record` writes it."""
+    reason, directory = f"{type(error).__name__}: {str(error)[:100]}", str(path.parent)
+    return SettingError(
+        f"{path}: damaged ({reason}); remove {directory!r} and run fineweb.py again, or take "
+        "another directory"
+    )
+
+
+def check_entries(shards: list[dict]) -> None:
+    """Raises one of DAMAGED where something is amiss with a manifest's list of shards."""
+    kinds = {"file": str, "split": str, "sha256": str, "tokens": int, "bytes": int}
+    for shard in shards:
+        if wrong := [key for key, kind in kinds.items() if type(shard[key]) is not kind]:
+            raise TypeError(f"{wrong[0]} of a shard is {shard[wrong[0]]!r}")
+        if Path(shard["file"]).name != shard["file"] or len(shard["file"]) > 255:
+            raise ValueError(f"{shard['file']!r} is no file's name")
+    if not shards or len({shard["file"] for shard in shards}) < len(shards):
+        raise ValueError("a shard is listed twice" if shards else "no shard")
 
 
 def are_whole(directory: Path, shards: list[dict]) -> list[bool]:
@@ -219,6 +235,8 @@ class Record:
         self.partial = self.path.with_suffix(".partial.json")
         self.whole = set()  # the numbers of the shards that are known to be as recorded
         self.facts = {}
+        self.commit_of_others = None  # of the dataset on the Hub that other processes have begun
+        self.unsure = set()  # the numbers of those made of a file that has changed since
 
     def begin(self, sources: list[dict], source_names: str, commit: str | None) -> None:
         """Starts afresh.
@@ -244,7 +262,7 @@ class Record:
     def load(self) -> bool:
         """Takes up what an earlier process recorded; False where there is nothing.
 
-        Raises SettingError where the directory holds anything else: shards of other settings, of
+        Raises UserError where the directory holds anything else: shards of other settings, of
         another number of processes, of another program.
         """
         afresh = "choose another --out"
@@ -253,23 +271,23 @@ class Record:
             try:
                 facts = json.loads(path.read_text(encoding="utf-8"))
                 settings, world = facts["settings"], facts["world_size"]
+                self.commit_of_others = facts["commit"]
                 changed = [name for name in self.settings if self.settings[name] != settings[name]]
                 if path in (self.partial, self.path) and world == self.world and not self.facts:
                     self.facts = {"open": None, "complete": True} | facts
-                    self.facts["shards"], self.facts["sources"], self.facts["counts"]
+                    self.check_facts()
             except FileNotFoundError:
                 continue  # another process has just finished
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                remedy = f"remove {str(self.directory)!r} to start again, or {afresh}"
-                raise SettingError(f"{path}: damaged ({error!r}); {remedy}") from None
+            except DAMAGED as error:
+                raise damaged(path, error) from None
             if changed:
                 name = changed[0]
-                raise SettingError(
+                raise UserError(
                     f"{name}={self.settings[name]!r}: out={str(self.directory)!r} was begun with "
                     f"{name}={settings[name]!r}; give that to go on with it, or {afresh}"
                 )
             if world != self.world:
-                raise SettingError(
+                raise UserError(
                     f"out={str(self.directory)!r}: begun by {world} processes (WORLD_SIZE), and "
                     f"this is one of {self.world}; start as many to go on with it, or {afresh}"
                 )
@@ -278,30 +296,52 @@ class Record:
             for file in sorted(self.directory.iterdir()):
                 others = self.world > 1 and re.fullmatch(name, file.name)
                 if file.suffix in SUFFIXES and not others:
-                    raise SettingError(f"{file}: a shard that no {MANIFEST} tells of; {afresh}")
+                    raise UserError(f"{file}: a shard that no {MANIFEST} tells of; {afresh}")
         return bool(self.facts)
+
+    def check_facts(self) -> None:
+        """Raises one of DAMAGED where something is amiss with what was loaded."""
+        facts, shards, opened = self.facts, self.facts["shards"][:], self.facts["open"]
+        if shards or (self.world == 1 and not self.partial.exists()):
+            check_entries(facts["shards"])
+        places = [Place.of(shard["place"]) for shard in shards if shard["place"]]
+        numbers = [*Counts(*facts["counts"]), *(source["bytes"] for source in facts["sources"])]
+        if opened:
+            check_entries([opened | dict(split="", sha256="", bytes=0)])
+            places.append(Place.of(opened["place"]))
+            numbers.append(opened["number"])
+        numbers += [number for place in places for number in (*place[:3], *place.counts)]
+        texts = [facts["source_names"], *(source["file"] for source in facts["sources"])]
+        if not all(type(n) is int for n in numbers) or not all(type(t) is str for t in texts):
+            raise TypeError("something else in place of a number or a name")
 
     def check_sources(self, sources: list[dict], source_names: str) -> None:
         """Raises UserError where the sources are not those of which shards were made.
 
-        A file of which nothing was used yet may have been replaced.
+        A file of which nothing was used yet may have been replaced. One of which something was
+        used, mended perhaps, must give the same shards again.
         """
         known = self.facts["sources"]
-        place = Place.of(self.facts["open"]["place"]) if self.facts["open"] else self.end
-        used = len(known) if self.facts["complete"] else place.file + (place.start + place.skip > 0)
         names = [source["file"] for source in sources] == [source["file"] for source in known]
         if not names or source_names != self.facts["source_names"]:
             raise UserError(
                 f"source: other files than out={str(self.directory)!r} was begun with; "
                 "choose another --out"
             )
-        for now, then in zip(sources[:used], known):
-            if now != then:
-                raise UserError(
-                    f"{now['file']}: changed since out={str(self.directory)!r} was begun with it; "
-                    "choose another --out"
-                )
-        self.facts["sources"] = sources
+        changed = [i for i, (now, then) in enumerate(zip(sources, known)) if now != then]
+        if changed and self.facts["complete"]:
+            raise UserError(
+                f"{sources[changed[0]]['file']}: changed since out={str(self.directory)!r} was "
+                "made of it; choose another --out"
+            )
+        first = Place(changed[0] if changed else len(known))
+        ends = enumerate(shard["place"] for shard in self.facts["shards"])
+        self.unsure = {number for number, end in ends if changed and Place.of(end) > first}
+        if changed and self.facts["open"] and Place.of(self.facts["open"]["place"]) > first:
+            self.facts["open"] = None
+        self.sources = sources
+        if not self.unsure:
+            self.facts["sources"] = sources
 
     def verify(self, say) -> None:
         """Finds out which recorded shards are whole; `say(line)` hears of those that are not."""
@@ -310,7 +350,7 @@ class Record:
         for shard, good in zip(shards, results):
             if not good:
                 say(f"{self.directory / shard['file']}: missing or altered; making it anew")
-        self.whole = {number for number, good in enumerate(results) if good}
+        self.whole = {n for n, good in enumerate(results) if good and n not in self.unsure}
         if len(self.whole) < len(shards) and shards[0]["place"] is None:  # see split_small
             self.whole = set()
             self.facts |= {"shards": [], "open": None, "complete": False, "counts": Counts()}
@@ -381,18 +421,31 @@ class Record:
         """
         shards, entry = self.facts["shards"], shard.finish(self.split_of(number), place)
         if number < len(shards) and entry["sha256"] != shards[number]["sha256"]:
-            raise UserError(
-                f"{shard.path}: comes out otherwise than when it was first made; were the sources "
-                "changed? choose another --out"
-            )
+            hidden(shard.path).unlink()
+            raise self.otherwise(number)
+        if number in self.unsure:
+            self.unsure.remove(number)
+            if not self.unsure:
+                self.facts["sources"] = self.sources
         self.facts["shards"] = [*shards[:number], entry, *shards[number + 1 :]]
         self.facts["open"] = None
         self.whole.add(number)
         self.save()
         shard.publish()
 
-    def complete(self, counts: Counts) -> None:
-        """The end of the sources is reached, with these counts."""
+    def otherwise(self, number: int) -> UserError:
+        return UserError(
+            f"{self.directory / self.facts['shards'][number]['file']}: comes out otherwise than "
+            "when it was first made; were the sources changed? choose another --out"
+        )
+
+    def complete(self, number: int, counts: Counts) -> None:
+        """The end of the sources is reached, with these counts and as many shards.
+
+        Raises UserError where there were more before.
+        """
+        if number < len(self.facts["shards"]):
+            raise self.otherwise(number)
         self.facts |= {"complete": True, "counts": counts, "open": None}
         self.save()
 
@@ -405,10 +458,11 @@ class Record:
         if self.rank or (shards and shards[0]["place"] is None):
             return
         if total < 2 or (self.settings["val_tokens"] and len(shards) < 2):
+            for path in (self.partial, *(self.directory / shard["file"] for shard in shards)):
+                path.unlink(missing_ok=True)  # so that the same --out will do
             raise UserError(
                 f"source: only {total:,} tokens in all{' of the first rank' * (self.world > 1)}, "
-                "which leaves none to train on; give more text, or fewer --val_tokens and another "
-                "--out"
+                "which leaves none to train on; give more text or fewer --val_tokens"
             )
         if self.settings["val_tokens"] or total >= 2 * size:
             return
@@ -468,5 +522,7 @@ class Record:
         ]
         names = first["totals"]
         whole["totals"] = {name: sum(part["totals"][name] for part in parts) for name in names}
-        checkpoint.write_text(self.directory / MANIFEST, json.dumps(whole, indent=1) + "\n")
+        mine = self.directory / f".{MANIFEST}.{self.rank:05d}"  # others may be writing it, too
+        checkpoint.write_text(mine, json.dumps(whole, indent=1) + "\n")
+        os.replace(mine, self.directory / MANIFEST)
         return True
