@@ -226,6 +226,24 @@ def all_pieces(files, count: int, place: Place, config: Config):
 # Workers: the tokens of a piece
 
 
+def start_workers(pool, count: int) -> None:
+    """Starts the processes, deaf to SIGINT from their birth: ^C is for this one to handle."""
+    heard = []  # while this one's main thread is deaf, too, its others are not
+    handler = signal.signal(signal.SIGINT, lambda *_: heard.append(True))
+    blocks = hasattr(signal, "pthread_sigmask")  # not on Windows
+    if blocks:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        for _ in range(count):
+            pool.submit(int)
+    finally:
+        if blocks:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, handler)
+    if heard:
+        raise KeyboardInterrupt
+
+
 def start_worker(engine: str) -> None:
     """Makes a worker's tokenizers, and has the worker end when its parent does."""
     global encode, encode_plain
@@ -374,6 +392,8 @@ def tell_size(record: Record, files, config: Config, say) -> float:
         texts = (text_sources.text_bytes(file, config.text_column) for file in files.files)
         expected = sum(texts) * TEXT_TOKENS_PER_BYTE
     needed = max(0.0, 2 * (expected - record.tokens))
+    if expected < 2 * config.shard_size and not config.val_tokens:
+        needed *= 2  # see Record.split_small
     if fetches:
         needed += sum(sorted(source["bytes"] for source in sources)[-hub.AHEAD :])
     free = shutil.disk_usage(record.directory).free
@@ -394,12 +414,9 @@ def make_shards(config: Config, launch: Launch, record: Record, files, say) -> N
         say(f"{record.directory}: going on after {tokens:,} tokens")
     context, workers = multiprocessing.get_context(START_METHOD), count_workers(config, launch)
     pool = ProcessPoolExecutor(workers, context, start_worker, (config.engine,))
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the workers inherit it
-    for _ in range(workers):
-        pool.submit(int)
-    signal.signal(signal.SIGINT, handler)
     progress = Progress(expected, tokens, record.facts["sources"], launch.rank == 0)
     try:
+        start_workers(pool, workers)
         while (number := record.next_missing()) is not None:
             make_from(number, record, pool, files, config, 2 * workers + 2, progress)
     except BrokenProcessPool:

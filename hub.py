@@ -8,7 +8,6 @@ leave, 5xx and files that arrive short or altered, is tried again here.
 import errno
 import json
 import math
-import os
 import shutil
 import tempfile
 import threading
@@ -186,41 +185,49 @@ def judge(error: Exception) -> tuple[str, float | None]:
     while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
         causes.append(cause)
     for cause in causes:
-        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or "(os error 28)" in str(cause):  # as hf_xet says it
             return "no room on the disk; make some and run the same command again", None
         # `datasets` keeps no more of it than the name.
         if "OfflineModeIsEnabled" in f"{type(cause).__name__} {cause}":
             return "not here, and HF_HUB_OFFLINE forbids to fetch it; unset that", None
         if (response := getattr(cause, "response", None)) is not None:
-            status, after = response.status_code, response.headers.get("retry-after", "")
-            if status == 403 and not str(response.request.url).startswith(ENDPOINT):
+            status, headers = response.status_code, response.headers
+            site = str(response.request.url).startswith(ENDPOINT) or "x-error-code" in headers
+            if status == 403 and not site:
                 return "the address of the file expired (HTTP 403)", 0  # the next one is new
             if status in (401, 403):
                 return f"{no_access()} (HTTP {status})", None
-            if status == 404:
+            if status == 404 and cause is error:
                 return "not on the Hub (HTTP 404); check its name", None
+            if status == 404:
+                continue  # how `datasets` finds out which files there are, long before
             if status in (408, 416, 429) or status >= 500:
+                after = headers.get("retry-after", "")
                 return f"HTTP {status} from the Hub", float(after) if after.isdigit() else 0
             return f"HTTP {status} from the Hub, which refuses this", None
     reason = " ".join(str(error).split()) or type(error).__name__
     for cause in causes:
-        if type(cause).__module__.startswith("httpx"):
+        if type(cause).__module__.startswith("httpx") and not hasattr(cause, "response"):
             return f"no answer from the Hub ({cause}); check the network", 0
     if type(error).__name__ == "DatasetNotFoundError":
-        return f"{reason} {no_access()}", None
+        return no_access() if "doesn't exist" in reason else f"{reason} {no_access()}", None
     if isinstance(error, json.JSONDecodeError):
         return "an answer that is not the Hub's; check the network", 0
-    if "config" in reason.lower() and isinstance(error, ValueError):
+    if reason.startswith(("BuilderConfig ", "Config name is missing")):
         return f"{reason.split(' Example of usage')[0]}; choose one by --name", None
     if isinstance(error, OSError) and error.filename:  # a file here, not on the Hub
         return f"{error.filename}: {error.strerror}", None
-    if isinstance(error, OSError) and not type(error).__module__.startswith("datasets."):
+    lasting = type(error) is FileNotFoundError or type(error).__module__.startswith("datasets.")
+    if isinstance(error, OSError) and not lasting:
         return f"{reason}; check the network", 0
     return reason, None  # `datasets` cannot make sense of it: its words are the best there are
 
 
 def no_access() -> str:
-    known = "the HF_TOKEN given" if os.environ.get("HF_TOKEN") else "no HF_TOKEN"
+    from huggingface_hub import get_token
+
+    known = "the HF_TOKEN given" if get_token() else "no HF_TOKEN"
     return (
         f"no such dataset on the Hub, or no access to it with {known}; check its name, accept its "
         "terms there, set HF_TOKEN"

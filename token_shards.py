@@ -182,7 +182,8 @@ class Shard:
         the disk (at most 1 GiB of it).
         """
         disk = shutil.disk_usage(self.path.parent)
-        if disk.free - tokens.nbytes < min(disk.total // 100, 1 << 30):
+        # Some network file systems tell of no blocks at all.
+        if disk.total and disk.free - tokens.nbytes < min(disk.total // 100, 1 << 30):
             raise no_room(self.path.parent)
         self.file.write(tokens.astype("<u2", copy=False).data)
         self.tokens += len(tokens)

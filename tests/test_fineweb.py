@@ -1044,14 +1044,24 @@ def test_a_signal_ends_it_and_the_same_command_goes_on(mixed, tmp_path, number, 
     assert shards_in(out) == mixed.shards(SHARD)
 
 
-def test_control_c_while_the_workers_start(mixed, tmp_path):
-    """No worker tells of it."""
-    process = start(mixed.path, tmp_path / "out", workers=2)
-    workers = wait_until(lambda: members(process.pid)[1:] or process.poll(), "no workers")
-    assert workers
-    time.sleep(0.1)  # they import what they need
+@pytest.mark.parametrize("later_s", [0, 0.1])
+def test_control_c_while_the_workers_start(mixed, tmp_path, later_s):
+    """While some of them are born, or import what they need: it is heard, and none tells of it."""
+    process = start(mixed.path, tmp_path / "out", workers=5)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    wait_until(lambda: len(children.read_text().split()) > 2, "no workers")
+    time.sleep(later_s)
     os.killpg(process.pid, signal.SIGINT)
     assert finish(process, 130).stderr.splitlines()[-1] == "interrupted"
+
+
+def test_workers_that_cannot_start_end_the_run(text_file, tmp_path):
+    (tmp_path / "gigatoken.py").write_text(
+        "import multiprocessing, os\nif multiprocessing.parent_process():\n    os._exit(1)\n"
+    )
+    env = {"PYTHONPATH": str(tmp_path)}
+    failed = run(text_file, tmp_path / "out", code=2, env=env, workers=5)
+    assert "a process that tokenizes died" in failed.stderr
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])

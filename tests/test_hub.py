@@ -862,9 +862,10 @@ WRONG = {
         "o/files", ["train.parquet", "HF_TOKEN"], ("o/files/.*parquet", status(403, **GATED))
     ),
     "wrong token": Wrong("o/token", ["o/token", "HF_TOKEN"], ("o/token", status(401, **BAD_TOKEN))),
-    "no train split": Wrong("o/test_only", ["o/test_only", "train", "test"]),
+    "no train split": Wrong("o/test_only", ["o/test_only", "no train split", "only test"]),
     "file of an unknown kind": Wrong("o/csv", ["o/csv", "a.csv", "parquet"]),
     "no data": Wrong("o/empty", ["o/empty"]),
+    "file that only the card has": Wrong("o/lacks", ["o/lacks", "lost.parquet"]),
     "dataset that is a program": Wrong("o/program", ["o/program", "script"]),
     "name that is no dataset's": Wrong("o/some.py", ["o/some.py"]),
     "damaged card": Wrong("o/damaged", ["o/damaged"]),
@@ -902,6 +903,7 @@ def wrong_runs(tmp_path_factory):
         "o/test_only": one_file | {"README.md": card({"default": {"test": "*.parquet"}})},
         "o/csv": {"a.csv": b"text\nhello\n"},
         "o/empty": {"README.md": b"# Nothing yet"},
+        "o/lacks": one_file | {"README.md": card({"default": {"train": "lost.parquet"}})},
         "o/program": one_file | {"program.py": b"import datasets"},
         "o/damaged": one_file | {"README.md": b"---\nconfigs: [a: b: {\n---\n"},
     }
