@@ -19,7 +19,7 @@ import checkpoint
 from errors import UserError
 
 AHEAD = 3  # files that are fetched or lie ready at a time, the one in use among them
-TRIES = 10  # of a file, 1, 2, 4, ... and at most 60 seconds apart: seven minutes in all
+TRIES = 10  # of a file, 1, 2, 4, ... and at most 60 seconds apart: four minutes of waiting in all
 LISTING_TRIES = 3
 LISTING_S = 20  # after which a listing that failed is not tried again, unless the Hub asks for that
 SILENCE_S = 30  # without an answer, where `huggingface_hub` would wait for ever
