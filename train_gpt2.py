@@ -44,6 +44,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import command_line
+import hellaswag
 import huggingface
 import run_record
 import token_shards
@@ -91,6 +92,9 @@ class Config:
     # evaluation
     val_every: int = 250  # steps between validations; 0: never
     val_tokens: int = 10485760  # tokens of each validation, always the same ones
+    hellaswag_every: int = 250  # steps between HellaSwag scores; 0: never
+    hellaswag_data: str = ""  # a .jsonl; "": hellaswag/hellaswag_val.jsonl, fetched if need be
+    hellaswag_examples: int = 0  # only the first ones; 0: all 10,042
     sample_every: int = 250  # steps between samples; 0: never
     sample_prompt: str = "Hello, I'm a language model,"  # what the samples continue
     sample_tokens: int = 32  # tokens added to the prompt
@@ -114,6 +118,7 @@ RECIPES = {
     "tiny": dict(
         data="input.txt", n_layer=4, n_head=4, n_embd=128, T=128, B=8, total_batch_size=2048,
         max_lr=3e-3, min_lr=3e-4, warmup_steps=20, max_steps=300, val_every=50, val_tokens=8192,
+        hellaswag_every=300, hellaswag_data="hellaswag/hellaswag_val.jsonl", hellaswag_examples=500,
         sample_every=100, sample_prompt="QUEEN MARETH:\n", sample_tokens=120, num_samples=1,
         log_dir="log_tiny", checkpoint_every=100, compile=False,
     ),
@@ -148,7 +153,7 @@ def check_config(config: Config) -> None:
         if not 0 < getattr(c, name) < math.inf:
             raise SettingError(f"{name}={getattr(c, name)}: must be above 0 and finite")
     natural = "seed B batch_ramp_tokens min_lr warmup_steps weight_decay beta1 beta2 grad_clip"
-    natural += " val_every sample_every checkpoint_every"
+    natural += " val_every hellaswag_every hellaswag_examples sample_every checkpoint_every"
     for name in natural.split():
         if not 0 <= getattr(c, name) < math.inf:
             raise SettingError(f"{name}={getattr(c, name)}: must be 0 or more and finite")
@@ -173,10 +178,16 @@ def check_config(config: Config) -> None:
         )
     if c.val_every and c.val_tokens < c.T:
         raise SettingError(f"val_tokens={c.val_tokens}: less than one window of T={c.T}")
-    if c.dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise SettingError(f"dtype={c.dtype!r}: must be auto, float32, bfloat16 or float16")
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", c.device):
-        raise SettingError(f"device={c.device!r}: must be auto, cpu, cuda, cuda:N or mps")
+    check_system(c)
+
+
+def check_system(settings) -> None:
+    """Raises SettingError where `device` or `dtype` is none."""
+    dtype, device = settings.dtype, settings.device
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise SettingError(f"dtype={dtype!r}: must be auto, float32, bfloat16 or float16")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+        raise SettingError(f"device={device!r}: must be auto, cpu, cuda, cuda:N or mps")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -208,11 +219,11 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x):
+    def forward(self, x, mask=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)  # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -239,8 +250,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, mask=None):
+        x = x + self.attn(self.ln_1(x), mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -290,12 +301,17 @@ class GPT(nn.Module):
         c = self.config
         return 6 * (12 * c.n_layer * c.n_embd**2 + c.rows * c.n_embd) + 6 * c.n_layer * c.n_embd * T
 
-    def hidden(self, idx):
-        """What the head reads: token ids (B, T) -> (B, T, C)."""
-        position = torch.arange(idx.size(1), device=idx.device)
+    def hidden(self, idx, position=None, mask=None):
+        """What the head reads: token ids (B, T) -> (B, T, C).
+
+        position: int64 (B, T), where each token stands; by default one after the other
+        mask: bool (B, 1, T, T), which tokens (last) each sees; by default itself and those before
+        """
+        if position is None:
+            position = torch.arange(idx.size(1), device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(position)
         for block in self.transformer.h:
-            x = block(x)
+            x = block(x, mask)
         return self.transformer.ln_f(x)
 
     def logits(self, x):
@@ -998,6 +1014,23 @@ def validation_loss(model: TrainingModel, loader: DataLoaderLite, rows: int, pro
     return processes.sum(total).item() / (rows * loader.T)
 
 
+def load_hellaswag(
+    config: Config, processes: Processes, vocab_size: int = tokenizer.VOCAB_SIZE
+) -> list[hellaswag.Question]:
+    """The questions to score, the same on all processes; none where one of them has none."""
+    if config.hellaswag_every == 0:
+        return []
+    if vocab_size < tokenizer.VOCAB_SIZE:
+        processes.say(f"HellaSwag is left out: the model has {vocab_size:,} tokens, too few for it")
+        return []
+    data = str(find_data(config.hellaswag_data)) if config.hellaswag_data else None
+    questions = hellaswag.load_questions(data, config.hellaswag_examples, processes.say)
+    ready = processes.sum(torch.tensor(float(bool(questions)), device=processes.device)).item()
+    if questions and ready < processes.world_size:
+        processes.say("HellaSwag is left out: not all nodes have its data")
+    return questions if ready == processes.world_size else []
+
+
 def samples(model: GPT, config: Config, processes: Processes) -> list[str]:
     """`num_samples` continuations of `sample_prompt`, the same for any number of processes."""
     encoding = tokenizer.get_encoding()
@@ -1371,6 +1404,7 @@ def train(config: Config) -> int:
         return 0
     config, log_dir = run.config, Path(config.log_dir)
     val_rows = min(config.val_tokens // config.T, val_loader.windows)
+    questions = load_hellaswag(config, processes, run.model.config.vocab_size)
     val_loss, epoch = None, run.loader.epoch
     # Where the device runs ahead, a step is told once the next one is launched, so that the device
     # never waits for the console: this is the step launched last.
@@ -1382,10 +1416,12 @@ def train(config: Config) -> int:
             last = step == config.max_steps
             checkpoint_now = last or is_due(config.checkpoint_every, step)
             validate_now = config.val_every and (last or is_due(config.val_every, step))
+            score_now = questions and (last or is_due(config.hellaswag_every, step))
             sample_now = config.sample_every and (last or is_due(config.sample_every, step))
+            pause = checkpoint_now or validate_now or score_now or sample_now
             stop = None
 
-            if waiting and (checkpoint_now or validate_now or sample_now):
+            if waiting and pause:
                 stop, waiting = report(*waiting), None
 
             # once in a while save, before anything that could go wrong in an evaluation
@@ -1399,6 +1435,13 @@ def train(config: Config) -> int:
                 if processes.rank == 0:
                     run.log.write(step, "val", val_loss)
 
+            # once in a while score HellaSwag
+            if score_now:
+                score = hellaswag.evaluate(run.model, questions, processes)
+                processes.say(f"step {step:5d} | HellaSwag {score}")
+                if processes.rank == 0:
+                    run.log.write(step, "hella", score.acc_norm)
+
             # once in a while sample, except at step 0, which is noise
             if sample_now and step > 0:
                 for i, text in enumerate(samples(run.model, config, processes)):
@@ -1406,7 +1449,7 @@ def train(config: Config) -> int:
 
             if last:
                 break
-            if checkpoint_now or validate_now or sample_now:
+            if pause:
                 report.restart_clock()
 
             # one step of the optimization
