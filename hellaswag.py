@@ -48,9 +48,9 @@ FOLDER = Path(__file__).resolve().parent / "hellaswag"
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{}.jsonl"
 EXAMPLES = {"train": 39905, "val": 10042, "test": 10003}
 # Tokens in one forward pass. What the CPU takes at a time should stay in its caches.
-BATCH_TOKENS = {"cpu": 4096, "cuda": 32768, "mps": 16384}
+BATCH_TOKENS = {"cpu": 2048, "cuda": 32768, "mps": 16384}
 HEAD_ROWS = {"cpu": 256, "cuda": 4096, "mps": 2048}  # of logits at a time
-LENGTH_STEP = 16  # rows are padded to a multiple of it, so that there are few shapes
+LENGTH_STEP = 8  # rows are padded to a multiple of it, so that there are few shapes
 
 # -------------------------------------------------------------------------------------------------
 # Data
