@@ -5,26 +5,26 @@ The layout differs from ours in two things: the four matrices of a block are sto
 `AutoModelForCausalLM`, `AutoTokenizer`, vLLM and llama.cpp's converter look for.
 """
 
+import functools
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
+from checkpoint import list_checkpoints, newest_whole
 from errors import UserError
-from tokenizer import END_OF_TEXT_ID, save_tokenizer
+from tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, save_tokenizer
 
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 TRANSPOSED = re.compile(r"\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
-CAUSAL_MASK = re.compile(
-    r"\.attn\.(bias|masked_bias)$"
-)  # a buffer of old checkpoints, no parameter
+CAUSAL_MASK = re.compile(r"\.attn\.(bias|masked_bias)$")  # a buffer of old files, no parameter
 # What our GPT computes; a GPT-2 directory that asks for anything else is refused.
 FUNCTION = {
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
-    "tie_word_embeddings": True,
     "add_cross_attention": False,
 }
 
@@ -32,7 +32,7 @@ FUNCTION = {
 def save(directory: Path, shape: dict, weights: dict) -> None:
     """Writes the configuration, `model.safetensors` and the tokenizer's files.
 
-    shape: vocab_size, n_positions, n_embd, n_layer, n_head
+    shape: vocab_size, n_positions, n_embd, n_layer, n_head, tie_word_embeddings
     weights: {OpenAI's parameter name, without spare rows: tensor in nn.Linear's layout}
     """
     from safetensors.torch import save_file
@@ -69,18 +69,21 @@ def save(directory: Path, shape: dict, weights: dict) -> None:
     save_tokenizer(directory, model_max_length=shape["n_positions"])
 
 
-def load(source: str) -> tuple[dict, dict]:
-    """(shape, weights) of a GPT-2, as `save` takes them, float32.
+def read_shape(source: str) -> tuple[Path, dict]:
+    """(directory, shape) of a GPT-2; nothing of it is loaded yet. `load` says what `source` can be.
 
-    source: a directory with `config.json` and `model.safetensors` or `pytorch_model.bin`, or one of
-        `HUB_NAMES` or any `owner/name` of the Hub (the one thing here that needs the network).
-    Raises UserError: no such model, no network, another architecture, a damaged or non-finite file.
+    shape: as `save` takes it, but as config.json has it
     """
     directory = find(source)
+    path = directory / "config.json"
+    if not path.exists():
+        raise UserError(
+            f"{directory}: no config.json and no step_NNNNN/ in it; not a model directory"
+        )
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{directory / 'config.json'}: {error}; not a model directory") from None
+        raise UserError(f"{path}: {error}; not a model directory") from None
     config = config if isinstance(config, dict) else {}
     if config.get("model_type") != "gpt2":
         kind = config.get("model_type")
@@ -99,7 +102,19 @@ def load(source: str) -> tuple[dict, dict]:
         )
     if config.get("n_inner") not in (None, 4 * shape["n_embd"]):
         raise UserError(f"{source}: n_inner is {config['n_inner']}; GPT-2 has 4 * n_embd")
+    shape["tie_word_embeddings"] = config.get("tie_word_embeddings", True)
+    return directory, shape
 
+
+def load(source: str) -> tuple[dict, dict]:
+    """(shape, weights) of a GPT-2, as `save` takes them, float32; ids above GPT-2's are left out.
+
+    source: a directory with `config.json` and `model.safetensors` or `pytorch_model.bin`, or one of
+        checkpoints (the newest whole one is taken), or one of `HUB_NAMES` or any `owner/name` of
+        the Hub (the one thing here that needs the network).
+    Raises UserError: no such model, no network, another architecture, a damaged or non-finite file.
+    """
+    directory, shape = read_shape(source)
     weights = {}
     for name, tensor in read_tensors(directory).items():
         if CAUSAL_MASK.search(name):
@@ -117,17 +132,30 @@ def load(source: str) -> tuple[dict, dict]:
                 f"{source}: not this GPT-2: transformer.{name}.weight is {found}, and not "
                 f"{(rows, shape['n_embd'])} as its config.json says"
             )
-    head = weights.pop("lm_head.weight", None)
-    if head is not None and not head.equal(weights["transformer.wte.weight"]):
-        raise UserError(f"{source}: its output head is not tied to the embedding, as GPT-2's is")
+    tied = shape["tie_word_embeddings"]
+    head = weights.get("lm_head.weight", weights["transformer.wte.weight"] if tied else None)
+    if head is None or head.shape != weights["transformer.wte.weight"].shape:
+        found = None if head is None else tuple(head.shape)
+        raise UserError(f"{source}: not this GPT-2: its output head, lm_head.weight, is {found}")
+    # What the file holds counts: `transformers` does not tie two matrices that differ, either.
+    shape["tie_word_embeddings"] = head.equal(weights["transformer.wte.weight"])
+    if shape["tie_word_embeddings"]:
+        weights.pop("lm_head.weight", None)
+    if shape["vocab_size"] > VOCAB_SIZE:  # padding, or tokens that GPT-2's tokenizer does not have
+        shape["vocab_size"] = VOCAB_SIZE
+        for name in ("transformer.wte.weight", "lm_head.weight"):
+            if name in weights:
+                weights[name] = weights[name][:VOCAB_SIZE]
     return shape, weights
 
 
 def find(source: str) -> Path:
-    """The directory of a model: itself, or the Hub's snapshot of it (downloaded once)."""
+    """The directory of a model: itself, its newest checkpoint, or the Hub's copy, fetched once."""
     directory = Path(source)
     if directory.is_dir():
-        return directory
+        if (directory / "config.json").exists() or not list_checkpoints(directory):
+            return directory
+        return newest_whole(directory, say=functools.partial(print, file=sys.stderr))
     if source not in HUB_NAMES and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
         names = ", ".join(HUB_NAMES)
         raise UserError(f"{source!r} is neither a directory nor one of {names} nor owner/name")
@@ -137,7 +165,14 @@ def find(source: str) -> Path:
         raise UserError("huggingface_hub is not installed: pip install huggingface_hub") from None
     name = f"openai-community/{source}" if source in HUB_NAMES else source
     try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
+        for weights in (
+            "model.safetensors",
+            "pytorch_model.bin",
+        ):  # old models have only the second
+            directory = Path(snapshot_download(name, allow_patterns=["config.json", weights]))
+            if (directory / weights).exists():
+                break
+        return directory
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(

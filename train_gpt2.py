@@ -127,6 +127,13 @@ RECIPES = {
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, max_lr=3e-4, min_lr=3e-5),
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, max_lr=2.5e-4, min_lr=2.5e-5),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4, min_lr=2e-5),
+    # OpenAI's GPT-2 goes on with a text of your own: nanoGPT's batch and learning rate for that
+    "finetune": dict(
+        init_from="gpt2", data="input.txt", total_batch_size=32768, max_lr=3e-5, min_lr=3e-6,
+        warmup_steps=2, max_steps=20, val_every=5, val_tokens=8192, hellaswag_every=0,
+        sample_every=20, sample_prompt="QUEEN MARETH:\n", sample_tokens=120, num_samples=1,
+        log_dir="log_finetune", checkpoint_every=0,
+    ),
     # GPT-3's context and its ramp over the first 4 B tokens: the 375 M tokens of warm-up then take
     # 7,297 steps, and 10 B tokens 34,250
     "gpt3-124M": dict(
@@ -203,11 +210,38 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
+    tied: bool = True  # the head is the token embedding; False in some models of other programs
 
     @property
     def rows(self) -> int:
         """Rows of the embedding: vocab_size up to a multiple of 128, which matrix products like."""
         return math.ceil(self.vocab_size / 128) * 128
+
+    @property
+    def vocab_weights(self) -> tuple[str, ...]:
+        """Names of the parameters that have a row for each id."""
+        return ("transformer.wte.weight", "lm_head.weight")[: 1 if self.tied else 2]
+
+
+class KVCache:
+    """Keys and values that one layer made of the tokens so far, in memory that is taken once.
+
+    `add` takes those of the first tokens of a text, then those of one more token at a time.
+    """
+
+    def __init__(self, length: int):
+        self.length, self.seen = length, 0  # in tokens: the room there is, what is in it
+        self.memory = None
+
+    def add(self, k, v):
+        """(B, nh, T, hs) each -> those of all tokens so far: (B, nh, seen, hs) each."""
+        B, nh, T, hs = k.shape
+        if self.memory is None:
+            self.memory = k.new_empty(2, B, nh, self.length, hs)
+        start, self.seen = self.seen, self.seen + T
+        self.memory[0, :, :, start : self.seen] = k
+        self.memory[1, :, :, start : self.seen] = v
+        return self.memory[:, :, :, : self.seen].unbind()
 
 
 class CausalSelfAttention(nn.Module):
@@ -219,11 +253,14 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, mask=None):
+    def forward(self, x, mask=None, cache=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)  # (B, nh, T, hs)
+        if cache is not None:
+            k, v = cache.add(k, v)
+        causal = mask is None and k.size(2) == T  # else one token, which sees all before it
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)  # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -250,8 +287,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask=None):
-        x = x + self.attn(self.ln_1(x), mask)
+    def forward(self, x, mask=None, cache=None):
+        x = x + self.attn(self.ln_1(x), mask, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -274,8 +311,12 @@ class GPT(nn.Module):
             )
         )
         self.lm_head = nn.Linear(config.n_embd, config.rows, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight
+        self.tie()
         self.init_weights()
+
+    def tie(self) -> None:
+        if self.config.tied:
+            self.lm_head.weight = self.transformer.wte.weight
 
     def init_weights(self) -> None:
         """N(0, 0.02), biases 0, and what adds to the residual stream smaller by sqrt(2 L)."""
@@ -289,8 +330,14 @@ class GPT(nn.Module):
 
     def num_parameters(self) -> int:
         """Parameters of the model, spare embedding rows left out: 124,439,808 for GPT-2 124M."""
-        spare = (self.config.rows - self.config.vocab_size) * self.config.n_embd
+        spare = sum(rows.numel() for rows in self.spare_rows().values())
         return sum(parameter.numel() for parameter in self.parameters()) - spare
+
+    def spare_rows(self) -> dict[str, torch.Tensor]:
+        """{parameter: its rows from vocab_size on}, which `save_pretrained` leaves out."""
+        c = self.config
+        rows = {name: self.get_parameter(name)[c.vocab_size :] for name in c.vocab_weights}
+        return {name: spare.detach().clone() for name, spare in rows.items()}
 
     def flops_per_token(self, T: int) -> int:
         """Floating-point operations that training spends on one token of a row of T.
@@ -301,17 +348,19 @@ class GPT(nn.Module):
         c = self.config
         return 6 * (12 * c.n_layer * c.n_embd**2 + c.rows * c.n_embd) + 6 * c.n_layer * c.n_embd * T
 
-    def hidden(self, idx, position=None, mask=None):
+    def hidden(self, idx, position=None, mask=None, caches=None):
         """What the head reads: token ids (B, T) -> (B, T, C).
 
         position: int64 (B, T), where each token stands; by default one after the other
         mask: bool (B, 1, T, T), which tokens (last) each sees; by default itself and those before
+        caches: a `KVCache` for each layer, which holds the tokens before `idx` and gets `idx`
         """
         if position is None:
-            position = torch.arange(idx.size(1), device=idx.device)
+            start = caches[0].seen if caches else 0
+            position = torch.arange(start, start + idx.size(1), device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(position)
-        for block in self.transformer.h:
-            x = block(x, mask)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, mask, caches[i] if caches else None)
         return self.transformer.ln_f(x)
 
     def logits(self, x):
@@ -330,36 +379,57 @@ class GPT(nn.Module):
         flat = logits.float().flatten(0, 1)
         return logits, F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORE)
 
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
-        """`idx` (B, T) continued by `max_new_tokens` sampled ids each: (B, T + max_new_tokens).
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, **more):
+        """`idx` (B, T) continued by up to `max_new_tokens` ids: int64 (B, T + max_new_tokens).
 
-        temperature: 0 takes the likeliest id; top_k: only among so many; generator: of the sampling
-        Beyond block_size tokens the model sees the last block_size of them.
+        The settings are those of `stream`.
         """
+        settings = dict(temperature=temperature, top_k=top_k, generator=generator, **more)
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, **settings)), dim=1)
+
+    @torch.no_grad()
+    def stream(
+        self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None,
+        stop=None, slide=1,
+    ):  # fmt: skip
+        """Yields the ids that continue `idx` (B, T), one for each row at a time: int64 (B, 1).
+
+        temperature, top_k, top_p, generator: of `sample_ids`
+        stop: an id, such as <|endoftext|>'s, after which a row has only that id; ends when all have
+        slide: the model sees the last block_size ids; so many of the first ones are dropped at once
+            when there are more. With 1 it sees as much as it can, but each id from there on costs
+            a whole forward pass, since all positions shift.
+        """
+        size = self.config.block_size
+        seen = new = idx[:, -size:]
+        length = min(size, seen.size(1) + max_new_tokens)
+        caches = [KVCache(length) for _ in self.transformer.h]
+        stopped = torch.zeros_like(seen[:, :1], dtype=torch.bool)
         for _ in range(max_new_tokens):
-            x = self.hidden(idx[:, -self.config.block_size :])[:, -1]
-            logits = self.logits(x).float()  # (B, vocab_size)
-            if temperature == 0:
-                new = logits.argmax(dim=1, keepdim=True)
-            else:
-                if top_k is not None:
-                    least = logits.topk(min(top_k, logits.size(1))).values[:, -1:]
-                    logits = logits.masked_fill(logits < least, -math.inf)
-                probabilities = F.softmax(logits / temperature, dim=1)
-                new = torch.multinomial(probabilities, 1, generator=generator)
-            idx = torch.cat((idx, new), dim=1)
-        return idx
+            x = self.hidden(new, caches=caches)[:, -1]
+            new = sample_ids(self.logits(x).float(), temperature, top_k, top_p, generator)
+            if stop is not None:
+                new = new.masked_fill(stopped, stop)
+                stopped |= new == stop
+            yield new
+            if stop is not None and stopped.all():
+                return
+            seen = torch.cat((seen, new), dim=1)
+            if seen.size(1) > size:
+                seen = new = seen[:, slide:]
+                for cache in caches:
+                    cache.seen = 0
 
     def save_pretrained(self, directory) -> None:
         """Writes a directory that `AutoModelForCausalLM` and `AutoTokenizer` open."""
         c = self.config
         shape = dict(
-            vocab_size=c.vocab_size, n_positions=c.block_size,
-            n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+            vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd,
+            n_layer=c.n_layer, n_head=c.n_head, tie_word_embeddings=c.tied,
         )  # fmt: skip
         weights = {name: p for name, p in self.named_parameters()}
-        weights["transformer.wte.weight"] = self.transformer.wte.weight[: c.vocab_size]
+        for name in c.vocab_weights:
+            weights[name] = weights[name][: c.vocab_size]
         Path(directory).mkdir(parents=True, exist_ok=True)
         huggingface.save(directory, shape, weights)
 
@@ -370,24 +440,61 @@ class GPT(nn.Module):
         block_size: keep only so many positions. The spare embedding rows are zero.
         """
         shape, weights = huggingface.load(str(source))
-        positions = shape.pop("n_positions")
+        positions, tied = shape.pop("n_positions"), shape.pop("tie_word_embeddings")
         if block_size is not None and block_size > positions:
             raise UserError(f"T={block_size}: {source} has only {positions} positions")
-        config = GPTConfig(block_size=block_size or positions, **shape)
-        wte, wpe = weights["transformer.wte.weight"], weights["transformer.wpe.weight"]
-        spare = wte.new_zeros(config.rows - config.vocab_size, config.n_embd)
-        weights["transformer.wte.weight"] = torch.cat((wte, spare))
+        config = GPTConfig(block_size=block_size or positions, tied=tied, **shape)
+        spare = (0, 0, 0, config.rows - config.vocab_size)
+        for name in config.vocab_weights:
+            weights[name] = F.pad(weights[name], spare)
+        if tied:
+            weights["lm_head.weight"] = weights["transformer.wte.weight"]
+        wpe = weights["transformer.wpe.weight"]
         weights["transformer.wpe.weight"] = wpe[: config.block_size]
-        weights["lm_head.weight"] = weights["transformer.wte.weight"]
-        with torch.device("meta"):  # no time for an initialization that is thrown away
+        with torch.device("meta"), WithoutInit():
             model = cls(config)
         model = model.to_empty(device="cpu")
-        model.lm_head.weight = model.transformer.wte.weight
+        model.tie()
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:
             raise UserError(f"{source}: not this GPT-2: {error}") from None
         return model
+
+
+class WithoutInit(torch.overrides.TorchFunctionMode):
+    """Leaves out all of `torch.nn.init`: a second that a model about to be loaded does not need."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+def sample_ids(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """An id for each row of `logits` (B, V): int64 (B, 1).
+
+    temperature: 0 takes the likeliest id; top_k: only among so many
+    top_p: only among the likeliest ones that together have this probability
+    generator: a torch.Generator, or one for each row: then a row has the same ids in any batch
+    """
+    if temperature == 0:
+        return logits.argmax(dim=1, keepdim=True)
+    ids = None
+    if top_k is not None:  # in the order of ids, so that no last digit of a logit moves them
+        ids = logits.topk(min(top_k, logits.size(1))).indices.sort(dim=1).values
+        logits = logits.gather(1, ids)
+    p = F.softmax(logits / temperature, dim=1)
+    if top_p is not None:
+        falling, order = p.sort(dim=1, descending=True)
+        others = falling.cumsum(dim=1) - falling >= top_p
+        p = p.masked_fill(others.scatter(1, order, others), 0.0)
+    if isinstance(generator, list):
+        rows = zip(p.split(1), generator, strict=True)
+        chosen = torch.cat([torch.multinomial(row, 1, generator=g) for row, g in rows])
+    else:
+        chosen = torch.multinomial(p, 1, generator=generator)
+    return chosen if ids is None else ids.gather(1, chosen)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1057,7 +1164,6 @@ def save_checkpoint(log_dir: Path, step: int, run: "Run") -> None:
     """Writes `step_NNNNN/` on the first process, and removes the checkpoints no longer kept."""
     run.processes.barrier()
     if run.processes.rank == 0:
-        wte = run.model.transformer.wte.weight
         state = {
             "step": step,
             "position": run.loader.position,
@@ -1066,7 +1172,7 @@ def save_checkpoint(log_dir: Path, step: int, run: "Run") -> None:
             "data": run.loader.tokens.fingerprint,
             "optimizer": run.optimizer.state_dict(),
             "scaler": run.scaler.state_dict(),
-            "spare_rows": wte[run.model.config.vocab_size :].detach().clone(),
+            "spare_rows": run.model.spare_rows(),
             "rng": {"cpu": torch.get_rng_state()},
         }
         if run.processes.device.type == "cuda":
@@ -1242,7 +1348,8 @@ def set_up_model(config: Config, state: dict | None, directory: Path | None) -> 
     if state is not None:
         model = GPT.from_pretrained(directory)
         with torch.no_grad():
-            model.transformer.wte.weight[model.config.vocab_size :] = state["spare_rows"]
+            for name, rows in state["spare_rows"].items():
+                model.get_parameter(name)[model.config.vocab_size :] = rows
         return model
     if config.init_from != "scratch":
         try:

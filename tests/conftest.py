@@ -40,6 +40,16 @@ def small(tmp_path, text_file):
     return make
 
 
+@pytest.fixture
+def error_on_recompile():
+    """Nothing compiled yet, and an error where a compiled function compiles again."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+
+
 def command_line(config) -> list[str]:
     """The arguments that give a `Config`."""
     return [f"--{name}={value}" for name, value in vars(config).items()]

@@ -295,7 +295,10 @@ def without(name: str):
         (lambda d: with_old_file(d).write_bytes(b""), "pytorch_model.bin"),
         (lambda d: torch.save({"model": {}, "step": 1}, with_old_file(d)), "pytorch_model.bin"),
         (lambda d: edit_weights(d, put_nan), "transformer.h.1.mlp.c_fc.bias holds NaN"),
-        (lambda d: edit_weights(d, untie), "not tied"),
+        (
+            lambda d: edit_config(d, tie_word_embeddings=False),
+            "output head, lm_head.weight, is None",
+        ),
         (without("transformer.h.1.ln_2.weight"), "transformer.h.1.ln_2.weight"),
         (without("transformer.wte.weight"), "transformer.wte.weight"),
         (without("transformer.wpe.weight"), "transformer.wpe.weight"),
@@ -511,11 +514,12 @@ def plain_loop(model: GPT, ids, n: int, temperature: float, top_k: int | None, g
         if temperature == 0:
             new = logits.max(dim=1).indices[:, None]
         else:
-            p = F.softmax(logits / temperature, dim=1)
+            p, order = F.softmax(logits / temperature, dim=1), None
             if top_k is not None:
-                kept = torch.zeros_like(p).scatter(1, p.topk(top_k).indices, 1.0)
-                p = p * kept / (p * kept).sum(dim=1, keepdim=True)
+                order = p.sort(dim=1, descending=True).indices[:, :top_k].sort(dim=1).values
+                p = p.gather(1, order) / p.gather(1, order).sum(dim=1, keepdim=True)
             new = torch.multinomial(p, 1, generator=generator)
+            new = new if order is None else order.gather(1, new)
         ids = torch.cat((ids, new), dim=1)
     return ids
 

@@ -287,12 +287,10 @@ def test_float16_scales_its_gradient(small, tmp_path, monkeypatch, capsys):
     assert losses(config)[1] == pytest.approx(losses(reference)[1], abs=0.02)
 
 
-def test_compiled_training_never_recompiles(small, monkeypatch, capsys):
+def test_compiled_training_never_recompiles(small, error_on_recompile, monkeypatch, capsys):
     """Validation, odd shapes on the raw model and samples leave the compiled step as it is."""
     from torch._dynamo.utils import counters
 
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     settings = dict(max_steps=8, val_every=2, sample_every=2, sample_tokens=4, num_samples=2, B=3)
     config = small(compile=True, **settings)
     graphs = []
