@@ -24,7 +24,10 @@ def is_follower() -> bool:
 
 
 def run_main(main) -> None:
-    """Exits with what `main()` returns; with one line and code 2 on a UserError; with 130 on ^C."""
+    """Exits with what `main()` returns; with one line and code 2 on a UserError; with 130 on ^C.
+
+    Also with 141, as programs do on SIGPIPE, where nobody reads on (`| head`).
+    """
     for stream in (sys.stdout, sys.stderr):  # a name that the console cannot show is no error
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -34,6 +37,11 @@ def run_main(main) -> None:
         if not (isinstance(error, SettingError) and is_follower()):
             print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
         sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # for Python's own last flush
+        sys.exit(141)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)

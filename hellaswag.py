@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-import checkpoint
+import huggingface
 import tokenizer
 from errors import SettingError, UserError, run_main
 
@@ -441,6 +441,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("-m", "--model", default="gpt2", help="a Hub name, a checkpoint, a log directory [gpt2]")
     add("-d", "--device", default="auto", help="auto, cpu, cuda, mps [auto]")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 [auto]")
+    add("--int8", action="store_true", help="the model's matrices in 8 bits")
     add("--style", default="all", choices=("all", *STYLES), help="the way of scoring [all]")
     add("--limit", type=int, default=0, help="only so many examples [0: all]")
     add("--data", help="a .jsonl of examples [hellaswag/hellaswag_val.jsonl, fetched if need be]")
@@ -497,6 +498,7 @@ def score_style(model, examples: list[dict], style: str, processes, out) -> Scor
 
 
 def main() -> int:
+    import quantize
     import train_gpt2
 
     options = parse(sys.argv[1:])
@@ -504,20 +506,19 @@ def main() -> int:
     device = train_gpt2.pick_device(options.device, 0)
     dtype = train_gpt2.pick_dtype(options.dtype, device)
     examples = read_examples(find_file(data=options.data), options.limit)
-    directory = Path(options.model)
-    if directory.is_dir() and checkpoint.list_checkpoints(directory):
-        directory = checkpoint.newest_whole(directory)
+    directory, shape = huggingface.read_shape(options.model)
+    tokenizer.check_vocabulary(options.model, shape["vocab_size"])
+    if directory.parent == Path(options.model):  # the newest checkpoint of a log directory
         options.model = str(directory)
-    model = train_gpt2.GPT.from_pretrained(options.model).to(device).eval()
-    if model.config.vocab_size < tokenizer.VOCAB_SIZE:
-        raise UserError(
-            f"{options.model}: has {model.config.vocab_size:,} tokens, and GPT-2's tokenizer "
-            f"{tokenizer.VOCAB_SIZE:,}; choose another model"
-        )
+    model = train_gpt2.GPT.from_pretrained(directory)
+    parameters = model.num_parameters()
+    if options.int8:
+        quantize.to_int8(model)
+    model = model.to(device).eval()
     processes = train_gpt2.Processes(0, 1, device, dtype)
     train_gpt2.keep_freed_memory()
-    print(f"{options.model}: {model.num_parameters():,} parameters, {device.type} in "
-          f"{str(dtype).removeprefix('torch.')}")  # fmt: skip
+    kind = str(dtype).removeprefix("torch.") + (", weights in int8" if options.int8 else "")
+    print(f"{options.model}: {parameters:,} parameters, {device.type} in {kind}")
     with open_out(options.out) as out:
         for style in STYLES if options.style == "all" else (options.style,):
             print(f"{style}: {score_style(model, examples, style, processes, out)}", flush=True)

@@ -59,6 +59,15 @@ UNICODE_17_BYTES = (0xE0, 0xEA, 0xF0)  # looked for first, at a tenth of the cos
 REMEMBERED = 1 << 30  # bytes of text after which gigatoken's cache of words is thrown away
 
 
+def check_vocabulary(model: str, vocab_size: int) -> None:
+    """Raises UserError where a model has too few ids for this tokenizer."""
+    if vocab_size < VOCAB_SIZE:
+        raise UserError(
+            f"{model}: has {vocab_size:,} tokens, and GPT-2's tokenizer {VOCAB_SIZE:,}; "
+            "choose another model"
+        )
+
+
 def valid_text(text: str) -> str:
     """The text with lone surrogates, which no UTF-8 can hold, as U+FFFD: tiktoken's own rule."""
     try:

@@ -947,7 +947,7 @@ def test_the_command_scores_in_three_styles(log_dir, tmp_path):
         cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "step_00003: damaged, not used" in done.stdout
+    assert "step_00003: damaged, not used" in done.stderr
     assert "step_00002: 1," in done.stdout and "cpu in float32" in done.stdout
     bar = f"{len(EXAMPLES)}/{len(EXAMPLES)}"
     assert done.stderr.count(bar) >= 3 and "acc_norm 0." in done.stderr
@@ -1189,12 +1189,10 @@ def test_where_another_node_lacks_the_data_nobody_scores(small, tmp_path, capsys
     assert capsys.readouterr().out == "HellaSwag is left out: not all nodes have its data\n"
 
 
-def test_scoring_recompiles_nothing(small, tmp_path, monkeypatch, capsys):
+def test_scoring_recompiles_nothing(small, tmp_path, error_on_recompile, monkeypatch, capsys):
     """Compiled graphs are those of training and validation; a plain run has the same scores."""
     from torch._dynamo.utils import counters
 
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     # what is compiled again, and when, does not depend on what the graphs are turned into
     quick = functools.partial(torch.compile, backend="eager")
     monkeypatch.setattr(train_gpt2.torch, "compile", quick)
