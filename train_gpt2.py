@@ -602,7 +602,11 @@ class TrainingModel(nn.Module):
 
     def forward(self, idx, targets):
         """Loss in nats, summed over the targets that count: int64 (B, T) each -> float32 scalar."""
-        x = self.hidden(idx).flatten(0, 1)  # (B * T, C)
+        return self.loss(self.hidden(idx), targets)
+
+    def loss(self, x, targets):
+        """The same by what the head reads: (B, T, C)."""
+        x = x.flatten(0, 1)
         weight, vocab_size = self.model.lm_head.weight, self.model.config.vocab_size
         return HeadLoss.apply(x, weight, targets.flatten(), vocab_size, self.softmax_loss)
 

@@ -1,0 +1,209 @@
+"""bench.py times what it says it times, and a program that fails or a rung that lacks is named."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, environment
+
+import bench
+import train_gpt2
+from errors import SettingError, UserError
+
+TINY = dict(n_layer=1, n_head=2, n_embd=16, T=32, B=2, rounds=1, dtype="float32", device="cpu")
+CPU = torch.device("cpu")
+
+# A program like nanoGPT: the model in model.py, logits of the last place only without targets, and
+# statements that must not run.
+PEER = """
+import torch
+from dataclasses import dataclass
+from torch import nn
+from torch.nn import functional as F
+raise SystemExit("ran as a script")
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size)
+    def forward(self, idx, targets=None):
+        x = self.wte(idx)
+        if targets is None:
+            return self.head(x[:, [-1]]), None
+        logits = self.head(x)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+"""
+
+
+@pytest.fixture
+def peer(tmp_path):
+    (tmp_path / "peer").mkdir()
+    (tmp_path / "peer/model.py").write_text(PEER)
+    return tmp_path / "peer"
+
+
+def make(name: str, **settings):
+    return bench.PROGRAMS[name](bench.Config(**TINY | settings), CPU, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["transformers", "ours", "peer"])
+def test_every_program_does_the_three_things(name, peer, monkeypatch):
+    """Trains, scores and samples; the parts of a step are those of the whole."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for module in ("model", "hellaswag", "train_gpt2"):
+        monkeypatch.setitem(sys.modules, module, sys.modules.get(module))
+    program = make(name, peer=str(peer))
+    before = [p.detach().clone() for p in program.model.parameters()]
+    result = program.train()
+    assert any(not torch.equal(a, b) for a, b in zip(before, program.model.parameters()))
+    assert all(p.grad is None for p in program.model.parameters())
+    assert result["seconds"] > 0 and result["peak_mb"] > 100
+    assert set(result["parts"]) == {"forward", "backward", "optimizer"} | (
+        {"loss"} if name != "peer" else set()
+    )
+    assert program.hellaswag()["count"] >= 24
+    assert program.sample()["count"] == 4 * 120
+
+
+def test_our_step_is_the_trainers():
+    """The weights after a step are those that the textbook's loss and AdamW give."""
+    program = make("ours")
+    model = make("ours").model
+    program.optimizer, program.data = program.make_optimizer(), program.batch()
+    assert [*program.step()] == ["forward", "loss", "backward", "optimizer"]
+    optimizer = train_gpt2.configure_optimizer(model, train_gpt2.Config(), "cpu")
+    model(*program.data)[1].backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    for a, b in zip(program.model.parameters(), model.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_every_rung_has_the_same_loss(monkeypatch):
+    """What is faster computes the same; without bfloat16 even to the sixth digit."""
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                        torch.nn.functional.scaled_dot_product_attention)  # fmt: skip
+    monkeypatch.setattr(train_gpt2.GPTConfig, "rows", train_gpt2.GPTConfig.rows)
+    monkeypatch.setattr(torch, "compile", lambda f=None, **_: f)
+    found = {}
+    for rung in ("float32", "flash", "rows", "fused", "chunks"):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                          torch.nn.functional.scaled_dot_product_attention)  # fmt: skip
+            patch.setattr(train_gpt2.GPTConfig, "rows", train_gpt2.GPTConfig.rows)
+            program = make(rung)
+            rows = program.model.lm_head.out_features
+            assert rows == (50304 if "rows" in program.has else 50257)
+            # as many numbers drawn, so that both have the same weights
+            torch.manual_seed(0)
+            with torch.no_grad():
+                for parameter in program.model.parameters():
+                    shape = [min(n, 50257) if n > 50000 else n for n in parameter.shape]
+                    parameter.zero_()[: shape[0]] = torch.randn(shape) * 0.1
+            found[rung] = [program.train()["loss"] for _ in range(2)]
+    for rung, values in found.items():
+        assert values == pytest.approx(found["float32"], abs=1e-5), rung
+    assert found["float32"][0] != found["float32"][1]
+
+
+def test_rungs_that_a_device_lacks_are_named():
+    assert bench.lacking("TF32", CPU, torch.bfloat16) == "no tensor cores"
+    assert bench.lacking("bfloat16", CPU, torch.float32) == "no bfloat16 units"
+    assert bench.lacking("bfloat16", CPU, torch.bfloat16) is None
+    assert bench.lacking("float32", CPU, torch.float32) is None
+
+
+def run(*arguments, **kwargs) -> subprocess.CompletedProcess:
+    settings = [f"--{name}={value}" for name, value in TINY.items()]
+    command = [sys.executable, str(ROOT / "bench.py"), *settings, *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment(), timeout=240, **kwargs
+    )
+
+
+def test_a_table_and_its_figures(tmp_path, peer):
+    """Programs in processes of their own; one that fails is named, and the others go on."""
+    (peer / "model.py").write_text(PEER.replace("self.wte(idx)", "self.wte(idx + 60000)"))
+    path = tmp_path / "out.json"
+    done = run("--only=sample,data", f"--peer={peer}", f"--json={path}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "sample: peer failed: IndexError" in done.stderr
+    found = json.loads(path.read_text())
+    assert set(found) == {"facts", "sample", "data"}
+    assert set(found["sample"]) == {"transformers", "ours", "ours, int8"}
+    ours, theirs = found["sample"]["ours"], found["sample"]["transformers"]
+    assert 0 < ours["least"] <= ours["median"] <= ours["most"]
+    assert f"{ours['median'] / theirs['median']:.2f} x" in done.stdout
+    assert {"loader", "tiktoken"} <= set(found["data"])
+    assert found["facts"]["date"] == time.strftime("%Y-%m-%d")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.json", "peer"]
+
+
+def test_the_ladder_is_climbed_and_drawn(tmp_path, monkeypatch):
+    """On a CPU: TF32 is named as lacking, every other rung has its figures, and a bar."""
+    monkeypatch.setattr(bench, "RUNGS", {name: bench.RUNGS[name] for name in ("float32", "TF32")})
+    results = {"float32": [{"seconds": 0.2, "peak_mb": 1.0, "wall": 9.0, "loss": 10.0}] * 2}
+    monkeypatch.setattr(bench, "turns", lambda part, names, config, rounds: results)
+    config = bench.Config(**TINY, plot=str(tmp_path / "ladder.png"))
+    facts = bench.gather_facts(CPU, torch.float32)
+    found = bench.bench_ladder(config, CPU, torch.float32, facts)
+    assert found["TF32"] == {"lacking": "no tensor cores"}
+    assert found["float32"]["ms"] == pytest.approx(200)
+    assert found["float32"]["tokens_per_s"] == pytest.approx(2 * 32 / 0.2)
+    assert (tmp_path / "ladder.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_rates_are_medians_of_the_timed_turns(capsys):
+    """The first turn, which warms up, counts for nothing."""
+    times = {"transformers": [100, 2, 4, 3], "ours": [100, 1, 1.5, 0.5]}
+    results = {name: [{"seconds": s} for s in seconds] for name, seconds in times.items()}
+    found = bench.rates_table("t", "u", results, lambda _: 12)
+    assert found["transformers"] == {"median": 4.0, "least": 3.0, "most": 6.0}
+    assert found["ours"]["median"] == 12.0 and "3.00 x" in capsys.readouterr().out
+
+
+def test_flops_are_those_of_the_model():
+    c = bench.Config()
+    assert bench.flops_per_token(c) == train_gpt2.GPT(
+        train_gpt2.GPTConfig(n_layer=12)
+    ).flops_per_token(1024)
+    assert math.isclose(bench.flops_per_token(c), 7.98e8, rel_tol=0.01)
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(only="trian"), ["only='trian'", "train"]),
+    (dict(only="train,"), ["only='train,'"]),
+    (dict(rounds=0), ["rounds=0"]),
+    (dict(B=-1), ["B=-1"]),
+    (dict(n_head=5), ["n_embd=16", "n_head=5"]),
+    (dict(peer="/nowhere"), ["peer='/nowhere'", "model.py"]),
+    (dict(hellaswag_data="/nowhere"), ["hellaswag_data='/nowhere'"]),
+    (dict(device="tpu"), ["device='tpu'"]),
+])  # fmt: skip
+def test_wrong_input_is_refused(settings, words):
+    with pytest.raises(SettingError) as refusal:
+        bench.check(bench.Config(**TINY | settings))
+    for word in words:
+        assert word in str(refusal.value)
+
+
+def test_figures_that_cannot_be_written_are_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "bench_data", lambda *_: {})
+    arguments = [f"--{name}={value}" for name, value in TINY.items()]
+    arguments += ["--only=data", f"--json={tmp_path}/none/out.json"]
+    monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
+    with pytest.raises(UserError, match="none/out.json.*choose another"):
+        bench.main()
