@@ -78,6 +78,11 @@ def test_every_program_does_the_three_things(name, peer, monkeypatch):
     assert program.sample()["count"] == 4 * 120
 
 
+def test_the_loader_and_the_tokenizers_are_timed():
+    rates = make("ours", B=64).data()
+    assert {"loader", "tiktoken"} <= set(rates) and min(rates.values()) > 0
+
+
 def test_our_step_is_the_trainers():
     """The weights after a step are those that the textbook's loss and AdamW give."""
     program = make("ours")
@@ -138,16 +143,15 @@ def test_a_table_and_its_figures(tmp_path, peer):
     """Programs in processes of their own; one that fails is named, and the others go on."""
     (peer / "model.py").write_text(PEER.replace("self.wte(idx)", "self.wte(idx + 60000)"))
     path = tmp_path / "out.json"
-    done = run("--only=sample,data", f"--peer={peer}", f"--json={path}", cwd=tmp_path)
+    done = run("--only=sample", f"--peer={peer}", f"--json={path}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "sample: peer failed: IndexError" in done.stderr
     found = json.loads(path.read_text())
-    assert set(found) == {"facts", "sample", "data"}
+    assert set(found) == {"facts", "sample"}
     assert set(found["sample"]) == {"transformers", "ours", "ours, int8"}
     ours, theirs = found["sample"]["ours"], found["sample"]["transformers"]
     assert 0 < ours["least"] <= ours["median"] <= ours["most"]
     assert f"{ours['median'] / theirs['median']:.2f} x" in done.stdout
-    assert {"loader", "tiktoken"} <= set(found["data"])
     assert found["facts"]["date"] == time.strftime("%Y-%m-%d")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.json", "peer"]
 
