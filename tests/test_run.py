@@ -103,7 +103,11 @@ def train_until(config, step: int, monkeypatch) -> None:
     monkeypatch.setattr(train_gpt2, "get_lr", original)
 
 
-@pytest.mark.parametrize("stop, shuffle", [(3, True), (10, True), (13, False), (19, True)])
+@pytest.mark.parametrize("stop, shuffle", [
+    (3, True), (13, False),
+    pytest.param(10, True, marks=pytest.mark.faults),
+    pytest.param(19, True, marks=pytest.mark.faults),
+])  # fmt: skip
 def test_resume_from_any_step(small, tmp_path, monkeypatch, shuffle, stop):
     settings = dict(max_steps=20, checkpoint_every=5, val_every=4, shuffle=shuffle)
     whole = small(log_dir=str(tmp_path / "whole"), **settings)
