@@ -25,7 +25,6 @@ import json
 import math
 import multiprocessing
 import platform
-import resource
 import statistics
 import sys
 import tempfile
@@ -99,7 +98,7 @@ class Program:
     def train(self) -> dict:
         """Two steps: one timed as a whole, one in parts; all in seconds."""
         if self.optimizer is None:
-            self.optimizer, self.data = self.make_optimizer(), self.batch()
+            self.optimizer, self.tokens = self.make_optimizer(), self.batch()
         start = self.clock()
         for _ in self.step():
             pass
@@ -112,18 +111,26 @@ class Program:
 
     def step(self):
         """One step of training, yielding the name of each part when it is done."""
-        x, y = self.data
+        x, y = self.tokens
         with self.processes.autocast():
             logits = self.all_logits(x)
             yield "forward"
             loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
         yield "loss"
+        yield from self.learn(loss)
+
+    def learn(self, loss):
+        """The second half of a step."""
         loss.backward()
         yield "backward"
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.decide(norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         yield "optimizer"
+
+    def decide(self, norm) -> None:
+        """What a program does with the norm of the gradient before it steps."""
 
     def make_optimizer(self):
         fused = self.device.type == "cuda"
@@ -132,6 +139,10 @@ class Program:
     def peak_mb(self) -> float:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 1e6
+        try:
+            import resource
+        except ImportError:  # Windows
+            return math.nan
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
     @torch.no_grad()
@@ -176,19 +187,16 @@ class Ours(Program):
         return train_gpt2.configure_optimizer(self.model, train_gpt2.Config(), self.device.type)
 
     def step(self):
-        x, y = self.data
+        x, y = self.tokens
         with self.processes.autocast():
             hidden = self.training_model.hidden(x)
             yield "forward"
             loss = self.training_model.loss(hidden, y)
         yield "loss"
-        (loss / y.numel()).backward()
-        yield "backward"
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        yield from self.learn(loss / y.numel())
+
+    def decide(self, norm) -> None:
         self.optimizer.found_inf = (~torch.isfinite(norm)).float()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        yield "optimizer"
 
     def hellaswag(self) -> dict:
         examples = find_examples(self.config, 256 if self.device.type == "cpu" else 10042)
@@ -294,16 +302,11 @@ class Peer(Program):
         return self.model(idx, idx if self.needs_targets else None)[0]
 
     def step(self):
-        x, y = self.data
+        x, y = self.tokens
         with self.processes.autocast():
             _, loss = self.model(x, y)
         yield "forward"
-        loss.backward()
-        yield "backward"
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        yield "optimizer"
+        yield from self.learn(loss)
 
     @torch.no_grad()
     def generate(self, idx, n: int) -> int:
@@ -387,16 +390,14 @@ class Climber(Program):
 
     def train(self) -> dict:
         if self.optimizer is None:
-            self.optimizer, self.data = self.make_optimizer(), self.batch()
-        x, y = self.data
+            self.optimizer, self.tokens = self.make_optimizer(), self.batch()
+        x, y = self.tokens
         start = self.clock()
         with self.processes.autocast():
             loss = self.whole(x, y)
             loss = loss / y.numel() if "chunks" in self.has else loss[1]
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for _ in self.learn(loss):
+            pass
         return {"seconds": self.clock() - start, "loss": loss.item(), "peak_mb": self.peak_mb()}
 
 

@@ -87,10 +87,10 @@ def test_our_step_is_the_trainers():
     """The weights after a step are those that the textbook's loss and AdamW give."""
     program = make("ours")
     model = make("ours").model
-    program.optimizer, program.data = program.make_optimizer(), program.batch()
+    program.optimizer, program.tokens = program.make_optimizer(), program.batch()
     assert [*program.step()] == ["forward", "loss", "backward", "optimizer"]
     optimizer = train_gpt2.configure_optimizer(model, train_gpt2.Config(), "cpu")
-    model(*program.data)[1].backward()
+    model(*program.tokens)[1].backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     for a, b in zip(program.model.parameters(), model.parameters()):
