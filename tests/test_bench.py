@@ -65,6 +65,8 @@ def test_every_program_does_the_three_things(name, peer, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     for module in ("model", "hellaswag", "train_gpt2"):
         monkeypatch.setitem(sys.modules, module, sys.modules.get(module))
+    few = bench.find_examples(bench.Config(**TINY), 3)
+    monkeypatch.setattr(bench, "find_examples", lambda config, count: few)
     program = make(name, peer=str(peer))
     before = [p.detach().clone() for p in program.model.parameters()]
     result = program.train()
@@ -74,7 +76,7 @@ def test_every_program_does_the_three_things(name, peer, monkeypatch):
     assert set(result["parts"]) == {"forward", "backward", "optimizer"} | (
         {"loss"} if name != "peer" else set()
     )
-    assert program.hellaswag()["count"] >= 24
+    assert program.hellaswag()["count"] == 3
     assert program.sample()["count"] == 4 * 120
 
 
@@ -185,6 +187,15 @@ def test_flops_are_those_of_the_model():
         train_gpt2.GPTConfig(n_layer=12)
     ).flops_per_token(1024)
     assert math.isclose(bench.flops_per_token(c), 7.98e8, rel_tol=0.01)
+
+
+def test_examples_are_made_up_where_there_are_none(monkeypatch, tmp_path):
+    """As many as asked for, with four endings, the same each time."""
+    monkeypatch.setattr(bench.hellaswag, "FOLDER", tmp_path)
+    examples = bench.find_examples(bench.Config(**TINY), 24)
+    assert len(examples) == 24 and examples == bench.find_examples(bench.Config(**TINY), 24)
+    for example in examples:
+        assert example["ctx"] and len(example["endings"]) == 4 and all(example["endings"])
 
 
 @pytest.mark.parametrize("settings, words", [

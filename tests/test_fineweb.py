@@ -1045,7 +1045,7 @@ def test_a_signal_ends_it_and_the_same_command_goes_on(mixed, tmp_path, number, 
     assert shards_in(out) == mixed.shards(SHARD)
 
 
-@pytest.mark.parametrize("later_s", [0, 0.1])
+@pytest.mark.parametrize("later_s", [pytest.param(0, marks=pytest.mark.faults), 0.1])
 def test_control_c_while_the_workers_start(mixed, tmp_path, later_s):
     """While some of them are born, or import what they need: it is heard, and none tells of it."""
     process = start(mixed.path, tmp_path / "out", workers=5)
@@ -1065,7 +1065,7 @@ def test_workers_that_cannot_start_end_the_run(text_file, tmp_path):
     assert "a process that tokenizes died" in failed.stderr
 
 
-@pytest.mark.parametrize("method", ["spawn", "fork"])
+@pytest.mark.parametrize("method", ["spawn", pytest.param("fork", marks=pytest.mark.faults)])
 def test_a_worker_that_dies_ends_the_run(mixed, tmp_path, method):
     """With one line, not a hang; the same command goes on."""
     out, settings = tmp_path / "out", dict(workers=2, shard_size=SHARD, changes=SLOW)
@@ -1113,7 +1113,9 @@ def test_damaged_shards_are_made_anew_and_no_others(mixed, tmp_path):
     assert {name for name in names if after[name] != before[name]} == set(bad)
 
 
-@pytest.mark.parametrize("shard_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    "shard_size", [1, *(pytest.param(n, marks=pytest.mark.faults) for n in (2, 3))]
+)
 def test_a_shard_that_begins_beside_empty_documents_is_made_anew(tmp_path, shard_size):
     """Empty files are places, too: they come once, wherever the work goes on."""
     (tmp_path / "in").mkdir()
@@ -1131,7 +1133,9 @@ def test_a_shard_that_begins_beside_empty_documents_is_made_anew(tmp_path, shard
     assert shards_in(tmp_path / "out") == expected
 
 
-@pytest.mark.parametrize("damaged", [0, 1, 2])
+@pytest.mark.parametrize(
+    "damaged", [1, *(pytest.param(n, marks=pytest.mark.faults) for n in (0, 2))]
+)
 def test_a_damaged_shard_of_a_small_text_is_made_anew(forty, tmp_path, damaged):
     run(forty, tmp_path / "out", method="fork", shard_size=21)
     expected = shards_of(FORTY, 21)

@@ -66,7 +66,7 @@ def assert_same_end(one, other) -> None:
     assert read_log(one) == read_log(other)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.faults)])
 def test_kill_and_resume_is_bit_identical(small, tmp_path, dtype):
     """kill -9 after a checkpoint, in the second epoch, changes nothing in the end."""
     settings = dict(
