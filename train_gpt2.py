@@ -1351,8 +1351,11 @@ def set_up_model(config: Config, state: dict | None, directory: Path | None) -> 
     """The model on the CPU: of a checkpoint and its training state, of `init_from`, or random."""
     if state is not None:
         model = GPT.from_pretrained(directory)
+        spare = state["spare_rows"]
+        if isinstance(spare, torch.Tensor):  # as checkpoints had it before heads could be untied
+            spare = {"transformer.wte.weight": spare}
         with torch.no_grad():
-            for name, rows in state["spare_rows"].items():
+            for name, rows in spare.items():
                 model.get_parameter(name)[model.config.vocab_size :] = rows
         return model
     if config.init_from != "scratch":

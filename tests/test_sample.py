@@ -232,6 +232,19 @@ def test_an_untied_model_is_tuned_and_resumed_exactly(untied, small, tmp_path):
         assert torch.equal(moments[0][i]["exp_avg"], moments[1][i]["exp_avg"])
 
 
+def test_a_checkpoint_with_the_spare_rows_of_the_embedding_alone_continues(small):
+    """As train_state.pt had them before heads could be untied."""
+    config = small()
+    train_gpt2.train(config)
+    directory = Path(config.log_dir) / "step_00004"
+    state = train_gpt2.load_train_state(directory)
+    (rows,) = state["spare_rows"].values()
+    old = train_gpt2.set_up_model(config, state | {"spare_rows": rows}, directory)
+    new = train_gpt2.set_up_model(config, state, directory)
+    assert rows.abs().sum() > 0 and torch.equal(old.transformer.wte.weight[V:], rows)
+    assert torch.equal(old.transformer.wte.weight, new.transformer.wte.weight)
+
+
 def test_fine_tuning_has_a_recipe_with_its_own_rate(untied):
     config = command_line.parse(
         train_gpt2.Config, train_gpt2.RECIPES, ["finetune", f"--init_from={untied[1]}"], ""
