@@ -38,9 +38,8 @@ def run_main(main) -> None:
             print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
         sys.exit(2)
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # for Python's own last flush
+        # Python flushes once more at its end, which must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

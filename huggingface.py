@@ -165,10 +165,7 @@ def find(source: str) -> Path:
         raise UserError("huggingface_hub is not installed: pip install huggingface_hub") from None
     name = f"openai-community/{source}" if source in HUB_NAMES else source
     try:
-        for weights in (
-            "model.safetensors",
-            "pytorch_model.bin",
-        ):  # old models have only the second
+        for weights in ("model.safetensors", "pytorch_model.bin"):  # some old ones have no first
             directory = Path(snapshot_download(name, allow_patterns=["config.json", weights]))
             if (directory / weights).exists():
                 break
