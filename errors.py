@@ -1,7 +1,7 @@
 """What a user can mend, said in one line.
 
 Every script raises `UserError` for bad input and runs its main function through `run_main`, which
-prints the line and exits with code 2. Anything else that is raised is a bug and keeps its
+prints the line and exits with its code, 2. Anything else that is raised is a bug and keeps its
 traceback.
 """
 
@@ -11,6 +11,8 @@ import sys
 
 class UserError(Exception):
     """Something the user can mend: the message names the file or setting, and the remedy."""
+
+    code = 2  # with which the program ends
 
 
 class SettingError(UserError):
@@ -36,7 +38,7 @@ def run_main(main) -> None:
     except UserError as error:
         if not (isinstance(error, SettingError) and is_follower()):
             print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(error.code)
     except BrokenPipeError:
         # Python flushes once more at its end, which must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

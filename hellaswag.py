@@ -339,11 +339,14 @@ def token_losses(model, batch: Batch) -> torch.Tensor:
     return torch.cat(losses)
 
 
-def ending_losses(model, questions: list[Question], processes, tell=None) -> np.ndarray:
+def ending_losses(
+    model, questions: list[Question], processes, tell=None, check=lambda: None
+) -> np.ndarray:
     """The summed loss of each ending, in nats: float64 (questions, 4).
 
     The batches are the same for any number of processes, and dealt out among them, so the result
-    is, too. `tell(losses, known)` hears after each batch what this process has so far.
+    is, too. `tell(losses, known)` hears after each batch what this process has so far. `check()` is
+    called before each batch, in all processes alike, and may raise to end it.
     """
     device, losses = processes.device, np.zeros(4 * len(questions))
     known = np.zeros(len(losses), dtype=bool)
@@ -358,7 +361,11 @@ def ending_losses(model, questions: list[Question], processes, tell=None) -> np.
         waiting.clear()
 
     with processes.autocast():  # around all batches: the weights are cast once
-        for rows, T in groups[processes.rank :: processes.world_size]:
+        for first in range(0, len(groups), processes.world_size):
+            check()
+            if first + processes.rank >= len(groups):
+                continue
+            rows, T = groups[first + processes.rank]
             batch = make_batch(rows, T)
             moved = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
             waiting.append((batch.owners.numpy(), token_losses(model, moved)))
@@ -421,9 +428,12 @@ def load_questions(data: str | None, examples: int, say) -> list[Question]:
     return [make_question(example, "completion") for example in found]
 
 
-def evaluate(model, questions: list[Question], processes) -> Score:
-    """The score of a model, its work shared by all processes: the same for any number of them."""
-    return score(ending_losses(model, questions, processes), questions)
+def evaluate(model, questions: list[Question], processes, check=lambda: None) -> Score:
+    """The score of a model, its work shared by all processes: the same for any number of them.
+
+    check: of `ending_losses`
+    """
+    return score(ending_losses(model, questions, processes, check=check), questions)
 
 
 # -------------------------------------------------------------------------------------------------

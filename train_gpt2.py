@@ -20,12 +20,12 @@ programs nanoGPT and build-nanogpt, whose names are kept.
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import functools
 import hashlib
 import math
 import os
 import re
-import signal
 import statistics
 import sys
 import time
@@ -51,7 +51,7 @@ import token_shards
 import tokenizer
 from errors import SettingError, UserError, run_main
 from run_record import RunLog
-from stop_signals import StopSignals
+from stop_signals import Stopped, StopSignals
 
 # -------------------------------------------------------------------------------------------------
 # Settings: edit the defaults here, or give --name=value
@@ -110,6 +110,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # of the matrix products: auto, float32, bfloat16, float16
     compile: bool = True  # torch.compile; eager where it cannot
+    timeout_s: int = 600  # seconds that processes wait for one of them before the run ends
 
 
 RECIPES = {
@@ -155,7 +156,7 @@ def check_config(config: Config) -> None:
     """Raises UserError for the first setting that is out of range or contradicts another."""
     c = config
     positive = "n_layer n_head n_embd T total_batch_size max_steps val_tokens sample_tokens"
-    positive += " num_samples keep_checkpoints max_bad_steps max_lr eps"
+    positive += " num_samples keep_checkpoints max_bad_steps max_lr eps timeout_s"
     for name in positive.split():
         if not 0 < getattr(c, name) < math.inf:
             raise SettingError(f"{name}={getattr(c, name)}: must be above 0 and finite")
@@ -461,6 +462,11 @@ class GPT(nn.Module):
             raise UserError(f"{source}: not this GPT-2: {error}") from None
         return model
 
+    def not_finite(self) -> str | None:
+        """The name of a parameter that holds a NaN or an infinity, if there is one."""
+        found = (n for n, p in self.named_parameters() if not torch.isfinite(p).all())
+        return next(found, None)
+
 
 class WithoutInit(torch.overrides.TorchFunctionMode):
     """Leaves out all of `torch.nn.init`: a second that a model about to be loaded does not need."""
@@ -680,19 +686,40 @@ class TokenStream:
     def __init__(self, shards: list[np.ndarray], names: list[str]):
         self.shards, self.names = shards, names
         self.starts = np.cumsum([0] + [len(shard) for shard in shards])
+        self.mapped = [isinstance(shard, np.memmap) for shard in shards]
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop), which may lie in several shards."""
+        """Tokens [start, stop), which may lie in several shards.
+
+        Raises UserError where the file of one is gone or shorter than it was.
+        """
         first = int(np.searchsorted(self.starts, start, side="right")) - 1
         pieces = []
         while start < stop:
+            if self.mapped[first]:
+                self.check_file(first)
             end = min(stop, int(self.starts[first + 1]))
             pieces.append(self.shards[first][start - self.starts[first] : end - self.starts[first]])
             start, first = end, first + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def check_file(self, shard: int) -> None:
+        """Raises UserError where reading on would be the end without a word: SIGBUS."""
+        mapped = self.shards[shard]
+        try:
+            size = os.stat(mapped.filename).st_size
+        except OSError as error:
+            size, problem = 0, error.strerror
+        else:
+            problem = f"{size:,} bytes"
+        if size < mapped.offset + mapped.nbytes:
+            raise UserError(
+                f"{self.names[shard]}: {problem}, but {mapped.offset + mapped.nbytes:,} bytes when "
+                "the run began; put it back and run the same command again"
+            )
 
     def name_of(self, position: int) -> str:
         """The file that token `position` comes from."""
@@ -915,6 +942,7 @@ class Processes:
     world_size: int
     device: torch.device
     dtype: torch.dtype  # of matrix products; float32 means no autocast
+    watch: dist.ProcessGroup | None = None  # over gloo, to ask which process is missing
 
     @property
     def runs_ahead(self) -> bool:
@@ -940,6 +968,21 @@ class Processes:
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
+
+    def missing(self, seconds: float) -> str:
+        """Which processes do not answer in so many seconds, as far as torch can tell.
+
+        To be called by all where waiting for one another failed.
+        """
+        try:
+            patience = datetime.timedelta(seconds=seconds)
+            dist.monitored_barrier(self.watch, patience, wait_all_ranks=True)
+        except RuntimeError as error:
+            if ranks := re.search(r"Ranks ([\d, ]+) failed", str(error)):
+                return f"no answer from rank {ranks[1]}"
+            if self.rank > 0 and "Timed out" in str(error):
+                return "no answer from rank 0"
+        return "another process is gone"
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:
@@ -996,22 +1039,32 @@ def keep_freed_memory() -> None:
             mallopt(parameter, 2**31 - 1)
 
 
+def patience_s(config: Config) -> float:
+    """Seconds in which a process that is alive answers another: it waited for as long as that."""
+    return min(config.timeout_s, 20)
+
+
 def set_up_processes(config: Config) -> Processes:
     """Joins the process group that torchrun set up, if any, and picks device and dtype."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "mps" and world_size > 1:
         raise SettingError("device='mps': one process only; start several with --device=cpu")
+    watch = None
     if world_size > 1 and not dist.is_initialized():
+        timeout = datetime.timedelta(seconds=config.timeout_s)
         if device.type == "cuda":
-            dist.init_process_group("nccl", device_id=device)
+            dist.init_process_group("nccl", timeout=timeout, device_id=device)
         else:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=timeout)
+        # the others wait for the first one's verdict a little longer than it waits for them
+        patience = datetime.timedelta(seconds=2 * patience_s(config) + 5)
+        watch = dist.new_group(backend="gloo", timeout=patience)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     elif device.type == "cpu":
         keep_freed_memory()
-    return Processes(rank, world_size, device, pick_dtype(config.dtype, device))
+    return Processes(rank, world_size, device, pick_dtype(config.dtype, device), watch)
 
 
 # Dense bfloat16 or float16 peaks of the datasheets, in TFLOP/s; the first name that fits counts.
@@ -1110,11 +1163,17 @@ def without_sync(model):
 # Validation and samples
 
 
-def validation_loss(model: TrainingModel, loader: DataLoaderLite, rows: int, processes) -> float:
-    """Mean loss per token, in nats, over the first `rows` windows: every process does a share."""
+def validation_loss(
+    model: TrainingModel, loader: DataLoaderLite, rows: int, processes, check=lambda: None
+) -> float:
+    """Mean loss per token, in nats, over the first `rows` windows: every process does a share.
+
+    check: called before each batch, in all processes alike; may raise to end it
+    """
     losses = []
     step_rows = loader.B * processes.world_size
     for first in range(0, rows, step_rows):
+        check()
         x, y = loader.batch(first, min(step_rows, rows - first))
         x, y = (a[0].to(processes.device, non_blocking=True) for a in (x, y))
         with processes.autocast():
@@ -1142,12 +1201,19 @@ def load_hellaswag(
     return questions if ready == processes.world_size else []
 
 
-def samples(model: GPT, config: Config, processes: Processes) -> list[str]:
-    """`num_samples` continuations of `sample_prompt`, the same for any number of processes."""
+def samples(model: GPT, config: Config, processes: Processes, check=lambda: None) -> list[str]:
+    """`num_samples` continuations of `sample_prompt`, the same for any number of processes.
+
+    check: called before each, as in `validation_loss`
+    """
     encoding = tokenizer.get_encoding()
     prompt = encoding.encode_ordinary(config.sample_prompt) or [encoding.eot_token]
     texts = {}
-    for i in range(processes.rank, config.num_samples, processes.world_size):
+    for first in range(0, config.num_samples, processes.world_size):
+        check()
+        i = first + processes.rank
+        if i >= config.num_samples:
+            continue
         generator = torch.Generator(device=processes.device).manual_seed(42 + i)
         idx = torch.tensor([prompt], device=processes.device)
         with processes.autocast():
@@ -1164,8 +1230,18 @@ def samples(model: GPT, config: Config, processes: Processes) -> list[str]:
 # Log and checkpoints
 
 
-def save_checkpoint(log_dir: Path, step: int, run: "Run") -> None:
-    """Writes `step_NNNNN/` on the first process, and removes the checkpoints no longer kept."""
+def save_checkpoint(run: "Run") -> None:
+    """Writes `step_NNNNN/` on the first process, and removes the checkpoints no longer kept.
+
+    Raises SettingError, and writes nothing, where a weight is not finite; UserError where there is
+    no room.
+    """
+    log_dir, step = Path(run.config.log_dir), run.step
+    if name := run.model.not_finite():
+        raise SettingError(
+            f"max_lr={run.config.max_lr}: {name} is not finite after step {step - 1}, so it is not "
+            f"saved; {last_checkpoint(log_dir)}; try a lower one in another --log_dir"
+        )
     run.processes.barrier()
     if run.processes.rank == 0:
         state = {
@@ -1199,6 +1275,13 @@ def save_checkpoint(log_dir: Path, step: int, run: "Run") -> None:
         best = run.log.best(checkpoint.list_checkpoints(log_dir))
         checkpoint.prune(log_dir, step, run.config.keep_checkpoints, best)
     run.processes.barrier()
+    run.saved_step = step
+
+
+def last_checkpoint(log_dir: Path) -> str:
+    """A few words on the newest checkpoint, for an error."""
+    steps = list(checkpoint.list_checkpoints(log_dir))
+    return f"the last good checkpoint is {f'step_{steps[-1]:05d}' if steps else 'none'}"
 
 
 def load_train_state(directory: Path) -> dict:
@@ -1228,22 +1311,31 @@ class Run:
     scaler: torch.amp.GradScaler
     loader: DataLoaderLite
     log: RunLog
+    step: int = 0  # steps done
+    saved_step: int = 0  # of them, as many are in a checkpoint
     bad_steps: int = 0  # non-finite steps in a row
 
 
-def train_step(run: Run, lr: float, stop_row):
+def train_step(run: Run, lr: float, stop_row, check=lambda: None):
     """One step of the optimizer over all processes, none of whose results the host waits for.
 
     Returns a float32 tensor: mean loss in nats, norm of the gradient before clipping, and the sum
     over the processes of `stop_row`. Where loss or norm is not finite, weights and optimizer stay
-    as they were, on all processes alike.
+    as they were, on all processes alike. check: called before each micro-step; where it raises
+    Stopped, the step was never begun.
     """
     config, processes, optimizer, scaler = run.config, run.processes, run.optimizer, run.scaler
+    position = run.loader.position
     x, y, rows = run.loader.next_step()
     x, y = (a.to(processes.device, non_blocking=True) for a in (x, y))
     tokens = rows * config.T
     loss_sum = torch.zeros((), device=processes.device)
     for micro_step in range(len(x)):
+        try:
+            check()
+        except Stopped:
+            run.loader.position = position
+            raise
         last = micro_step == len(x) - 1
         with contextlib.nullcontext() if last else without_sync(run.ddp_model):
             with processes.autocast():
@@ -1270,6 +1362,7 @@ def train_step(run: Run, lr: float, stop_row):
         optimizer.found_inf = (~finite).float()
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    run.step += 1
     return torch.cat((totals[:1], norm[None], totals[1:]))
 
 
@@ -1285,10 +1378,15 @@ def duration(seconds: float) -> str:
 
 
 class Report:
-    """Turns the results of steps into console lines, log lines, and the decision to go on."""
+    """Turns the results of steps into console lines, log lines, and the decision to go on.
+
+    Where the device runs ahead, a step is told once the next one is launched, so that the device
+    never waits for the console.
+    """
 
     def __init__(self, run: Run, signals: StopSignals):
         self.run, self.signals = run, signals
+        self.waiting = None  # the arguments of `tell` for the step launched last
         self.peak = None
         if run.processes.device.type == "cuda":
             self.peak = peak_flops(torch.cuda.get_device_name(), run.processes.dtype)
@@ -1299,7 +1397,21 @@ class Report:
         """Leaves out of the next step's time what came before it: validation, saving."""
         self.clock = time.perf_counter()
 
-    def __call__(self, step: int, lr: float, tokens: int, results) -> int | None:
+    def add(self, step: int, lr: float, tokens: int, results) -> None:
+        """Takes in a step that was launched. Raises Stopped where a signal is to be obeyed."""
+        earlier, self.waiting = self.waiting, (step, lr, tokens, results)
+        if not self.run.processes.runs_ahead:
+            self.flush()
+        elif earlier and (number := self.tell(*earlier)):
+            raise Stopped(number)
+
+    def flush(self) -> None:
+        """Tells the step that waits, if one does. Raises Stopped as `add` does."""
+        waiting, self.waiting = self.waiting, None
+        if waiting and (number := self.tell(*waiting)):
+            raise Stopped(number)
+
+    def tell(self, step: int, lr: float, tokens: int, results) -> int | None:
         """Tells one step, waiting for it; returns the number of a signal to stop for.
 
         Raises UserError after `max_bad_steps` non-finite steps in a row.
@@ -1338,12 +1450,10 @@ class Report:
             f"({run.bad_steps} in a row, {config.max_bad_steps} stop the run)"
         )
         if run.bad_steps >= config.max_bad_steps:
-            steps = list(checkpoint.list_checkpoints(run.log.path.parent))
             raise SettingError(
                 f"max_bad_steps={config.max_bad_steps}: that many steps in a row up to step {step} "
-                "had no finite loss or gradient; the last good checkpoint is "
-                f"{f'step_{steps[-1]:05d}' if steps else 'none'}; try a lower --max_lr "
-                "or --dtype=float32 in another --log_dir"
+                f"had no finite loss or gradient; {last_checkpoint(run.log.path.parent)}; "
+                "try a lower --max_lr or --dtype=float32 in another --log_dir"
             )
 
 
@@ -1372,9 +1482,9 @@ def set_up_model(config: Config, state: dict | None, directory: Path | None) -> 
 
 
 def open_run(config: Config, processes: Processes):
-    """(run, validation loader, first step) by the settings and what is in `log_dir`.
+    """(run, validation loader) by the settings and what is in `log_dir`.
 
-    (None, None, None) if the run there is finished. Nothing is written before all that can be wrong
+    (None, None) if the run there is finished. Nothing is written before all that can be wrong
     with settings, data and checkpoint was checked.
     """
     log_dir = Path(config.log_dir)
@@ -1391,7 +1501,7 @@ def open_run(config: Config, processes: Processes):
             f"{log_dir}: this run is finished, at step {config.max_steps} of {config.max_steps}; "
             "a larger --max_steps goes on, another --log_dir starts afresh"
         )
-        return None, None, None
+        return None, None
     state = load_train_state(newest) if newest else None
     train_tokens, val_tokens = open_tokens(config.data)
     check_enough(config, train_tokens, val_tokens)
@@ -1410,12 +1520,13 @@ def open_run(config: Config, processes: Processes):
     run, val_loader = set_up_run(config, processes, model, train_tokens, val_tokens)
     if state:
         restore(run, state)
+        run.step = run.saved_step = step
     tell_set_up(run, val_loader, newest, facts)
     if processes.rank == 0:
         run_record.write_facts(log_dir, facts_of_run(run))
         run.log.cut(step)
     warm_up(run.training_model, run.ddp_model, run.loader.B, config.T, processes)
-    return run, val_loader, step
+    return run, val_loader
 
 
 def check_enough(config: Config, train_tokens: TokenStream, val_tokens: TokenStream) -> None:
@@ -1510,89 +1621,122 @@ def train(config: Config) -> int:
     """Trains by the settings until max_steps or a signal; returns the exit code.
 
     0: finished; 128 + N: stopped by signal N with a checkpoint of the last whole step.
-    Raises UserError for what the user can mend.
+    Raises UserError for what the user can mend, and LostProcess.
     """
     processes = set_up_processes(config)
-    run, val_loader, first_step = open_run(config, processes)
-    if run is None:
-        return 0
-    config, log_dir = run.config, Path(config.log_dir)
-    val_rows = min(config.val_tokens // config.T, val_loader.windows)
-    questions = load_hellaswag(config, processes, run.model.config.vocab_size)
-    val_loss, epoch = None, run.loader.epoch
-    # Where the device runs ahead, a step is told once the next one is launched, so that the device
-    # never waits for the console: this is the step launched last.
-    waiting = None
-
-    with StopSignals(processes.device) as signals:
-        report = Report(run, signals)
-        for step in range(first_step, config.max_steps + 1):
-            last = step == config.max_steps
-            checkpoint_now = last or is_due(config.checkpoint_every, step)
-            validate_now = config.val_every and (last or is_due(config.val_every, step))
-            score_now = questions and (last or is_due(config.hellaswag_every, step))
-            sample_now = config.sample_every and (last or is_due(config.sample_every, step))
-            pause = checkpoint_now or validate_now or score_now or sample_now
-            stop = None
-
-            if waiting and pause:
-                stop, waiting = report(*waiting), None
-
-            # once in a while save, before anything that could go wrong in an evaluation
-            if checkpoint_now and step > first_step:
-                save_checkpoint(log_dir, step, run)
-
-            # once in a while validate
-            if validate_now:
-                val_loss = validation_loss(run.training_model, val_loader, val_rows, processes)
-                processes.say(f"step {step:5d} | validation loss: {val_loss:.4f}")
-                if processes.rank == 0:
-                    run.log.write(step, "val", val_loss)
-
-            # once in a while score HellaSwag
-            if score_now:
-                score = hellaswag.evaluate(run.model, questions, processes)
-                processes.say(f"step {step:5d} | HellaSwag {score}")
-                if processes.rank == 0:
-                    run.log.write(step, "hella", score.acc_norm)
-
-            # once in a while sample, except at step 0, which is noise
-            if sample_now and step > 0:
-                for i, text in enumerate(samples(run.model, config, processes)):
-                    processes.say(f"--- sample {i} at step {step}\n{text}\n---")
-
-            if last:
-                break
-            if pause:
-                report.restart_clock()
-
-            # one step of the optimization
-            if run.loader.epoch > epoch:
-                epoch = run.loader.epoch
-                processes.say(f"step {step:5d} | epoch {epoch + 1} of the data")
-            lr = get_lr(step, config)
-            tokens = batch_rows(run.loader.position, config) * config.T
-            launched = (step, lr, tokens, train_step(run, lr, signals.row()))
-            if processes.runs_ahead:
-                launched, waiting = waiting, launched
-            if launched:
-                stop = report(*launched) or stop
-            if stop:
-                if waiting:
-                    report(*waiting)
-                save_checkpoint(log_dir, step + 1, run)
-                processes.say(
-                    f"stopped by {signal.Signals(stop).name} after step {step}, saved "
-                    f"{log_dir / f'step_{step + 1:05d}'}; the same command continues the run"
-                )
-                return 128 + stop
+    try:
+        run, val_loader = open_run(config, processes)
+        if run is None:
+            return 0
+        questions = load_hellaswag(config, processes, run.model.config.vocab_size)
+        with StopSignals(processes) as signals:
+            report = Report(run, signals)
+            try:
+                val_loss = train_to_the_end(run, val_loader, questions, report, signals)
+            except Stopped as stopped:
+                return stop(run, report, stopped)
+    except RuntimeError as error:
+        raise_if_lost(error, processes, patience_s(config))
+        raise
 
     if processes.rank == 0:
-        finished = {"finished_step": config.max_steps, "val_loss": val_loss}
-        run_record.write_facts(log_dir, facts_of_run(run) | finished)
-    processes.say(f"finished: {log_dir / f'step_{config.max_steps:05d}'} is a Hugging Face model")
+        finished = {"finished_step": run.step, "val_loss": val_loss}
+        run_record.write_facts(Path(config.log_dir), facts_of_run(run) | finished)
+    processes.say(
+        f"finished: {Path(config.log_dir, f'step_{run.step:05d}')} is a Hugging Face model"
+    )
     processes.barrier()
     return 0
+
+
+def train_to_the_end(run: Run, val_loader, questions: list, report: Report, signals: StopSignals):
+    """The loop, from `run.step` to max_steps; returns the last validation loss, in nats, or None.
+
+    Raises Stopped where a signal is to be obeyed.
+    """
+    config, processes = run.config, run.processes
+    val_rows = min(config.val_tokens // config.T, val_loader.windows)
+    val_loss, epoch, first_step = None, run.loader.epoch, run.step
+
+    for step in range(first_step, config.max_steps + 1):
+        last = step == config.max_steps
+        checkpoint_now = last or is_due(config.checkpoint_every, step)
+        validate_now = config.val_every and (last or is_due(config.val_every, step))
+        score_now = questions and (last or is_due(config.hellaswag_every, step))
+        sample_now = config.sample_every and (last or is_due(config.sample_every, step))
+        pause = checkpoint_now or validate_now or score_now or sample_now
+
+        if pause:
+            report.flush()
+
+        # once in a while save, before anything that could go wrong in an evaluation
+        if checkpoint_now and step > first_step:
+            save_checkpoint(run)
+
+        # once in a while validate
+        if validate_now:
+            val_loss = validation_loss(
+                run.training_model, val_loader, val_rows, processes, signals.check
+            )
+            processes.say(f"step {step:5d} | validation loss: {val_loss:.4f}")
+            if processes.rank == 0:
+                run.log.write(step, "val", val_loss)
+
+        # once in a while score HellaSwag
+        if score_now:
+            score = hellaswag.evaluate(run.model, questions, processes, signals.check)
+            processes.say(f"step {step:5d} | HellaSwag {score}")
+            if processes.rank == 0:
+                run.log.write(step, "hella", score.acc_norm)
+
+        # once in a while sample, except at step 0, which is noise
+        if sample_now and step > 0:
+            for i, text in enumerate(samples(run.model, config, processes, signals.check)):
+                processes.say(f"--- sample {i} at step {step}\n{text}\n---")
+
+        if last:
+            break
+        if pause:
+            report.restart_clock()
+
+        # one step of the optimization
+        if run.loader.epoch > epoch:
+            epoch = run.loader.epoch
+            processes.say(f"step {step:5d} | epoch {epoch + 1} of the data")
+        lr = get_lr(step, config)
+        tokens = batch_rows(run.loader.position, config) * config.T
+        results = train_step(run, lr, signals.row(), signals.check_in_step)
+        report.add(step, lr, tokens, results)
+    return val_loss
+
+
+def stop(run: Run, report: Report, stopped: Stopped) -> int:
+    """Saves all whole steps, says how to continue, and returns the exit code."""
+    with contextlib.suppress(Stopped):
+        report.flush()
+    if run.step > run.saved_step:
+        save_checkpoint(run)
+    saved = f", saved {Path(run.config.log_dir, f'step_{run.step:05d}')}" if run.saved_step else ""
+    where = f"after step {run.step - 1}" if run.step else "before the first step"
+    run.processes.say(f"stopped by {stopped} {where}{saved}; the same command continues the run")
+    return 128 + stopped.number
+
+
+class LostProcess(UserError):
+    """Another process of the run is gone or hangs, so that no step can be finished."""
+
+    code = 3
+
+
+def raise_if_lost(error: RuntimeError, processes: Processes, seconds: float) -> None:
+    """Raises LostProcess where `error` is that of waiting for another process, after looking for
+    that one for so many seconds."""
+    lost = isinstance(error, dist.DistError) or "/gloo/" in str(error)
+    if processes.watch and lost:
+        raise LostProcess(
+            f"rank {processes.rank}: {processes.missing(seconds)} ({str(error)[:200]}); "
+            "the same command continues from the last checkpoint"
+        ) from None
 
 
 def is_due(every: int, step: int) -> bool:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,61 @@ def losses(config, stream: str = "train") -> dict[int, float]:
     values = {int(step): float(value) for step, name, value in lines if name == stream}
     assert len(values) == sum(name == stream for _, name, _ in lines), "a step was logged twice"
     return values
+
+
+def start(config, processes: int = 1, harm: str = "", launcher=(), **variables):
+    """A run in a process of its own, or under torchrun (Popen, its output in one pipe).
+
+    harm: of saboteur.py; launcher: more options of torchrun; variables: of the environment
+    """
+    program = [str(ROOT / "train_gpt2.py")]
+    if harm:
+        program = [str(ROOT / "tests" / "saboteur.py"), *harm.split(), "--"]
+    if processes > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        program = [*torchrun, *launcher, *program]
+    command = [sys.executable, *program, *command_line(config)]
+    output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, env=environment(**variables), cwd=ROOT, **output)
+
+
+def wait_for_step(config, step: int, process: subprocess.Popen) -> None:
+    """Returns when the run has logged the loss of `step` > 0."""
+    log = Path(config.log_dir) / "log.txt"
+    deadline = time.monotonic() + 120
+    while f"\n{step} train" not in (log.read_text() if log.exists() else ""):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def finish(process: subprocess.Popen) -> str:
+    """The output of a run that must end well."""
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    return output
+
+
+def assert_same_tensors(a, b, where=""):
+    """Two states must be equal to the last bit."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            if key not in ("settings", "B", "log_dir"):
+                assert_same_tensors(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same_tensors(x, y, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+def assert_same_end(one, other) -> None:
+    """Two runs must have ended in the same weights, training state and log, bit for bit."""
+    a, b = (Path(c.log_dir) / f"step_{c.max_steps:05d}" for c in (one, other))
+    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+    assert_same_tensors(*(torch.load(d / "train_state.pt") for d in (a, b)))
+    assert read_log(one) == read_log(other)

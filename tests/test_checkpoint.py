@@ -381,7 +381,8 @@ def test_a_checkpoint_just_written_outlives_damaged_newer_ones(small, keep):
             os.truncate(path / "train_state.pt", 100)
     (log_dir / "run.json").unlink()  # the final one is to be reached again
     config = small(checkpoint_every=3, keep_checkpoints=keep, max_steps=6)
-    run, _, first = train_gpt2.open_run(config, train_gpt2.set_up_processes(config))
-    assert first == 2
-    train_gpt2.save_checkpoint(log_dir, 3, run)
+    run, _ = train_gpt2.open_run(config, train_gpt2.set_up_processes(config))
+    assert run.step == 2
+    run.step = 3
+    train_gpt2.save_checkpoint(run)
     assert checkpoint.newest_whole(log_dir) == log_dir / "step_00003"

@@ -216,6 +216,7 @@ IMPOSSIBLE = [
 ABOVE_0 = (
     "n_layer", "n_head", "n_embd", "T", "total_batch_size", "max_steps", "val_tokens",
     "sample_tokens", "num_samples", "keep_checkpoints", "max_bad_steps", "max_lr", "eps",
+    "timeout_s",
 )  # fmt: skip
 NOT_BELOW_0 = (
     "seed", "B", "batch_ramp_tokens", "min_lr", "warmup_steps", "weight_decay", "beta1", "beta2",

@@ -637,9 +637,9 @@ def test_golden_step(small):
     """
     tiny = dict(n_layer=4, n_head=4, n_embd=128, T=128)
     config = small(**tiny, B=1, total_batch_size=256, device="cpu")
-    run, _, step = train_gpt2.open_run(config, train_gpt2.set_up_processes(config))
+    run, _ = train_gpt2.open_run(config, train_gpt2.set_up_processes(config))
     before = [parameter.detach().clone() for parameter in run.model.parameters()]
-    results = train_gpt2.train_step(run, train_gpt2.get_lr(step, run.config), torch.zeros(3))
+    results = train_gpt2.train_step(run, train_gpt2.get_lr(run.step, run.config), torch.zeros(3))
     pairs = list(zip(run.model.parameters(), before))
     x, y = run.loader.batch(0, 2)
     with torch.no_grad():

@@ -10,60 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, command_line, environment, losses, read_log
+from conftest import (
+    ROOT,
+    assert_same_end,
+    assert_same_tensors,
+    environment,
+    finish,
+    losses,
+    start,
+    wait_for_step,
+)  # fmt: skip
 
 import checkpoint
 import train_gpt2
 from errors import UserError
-
-
-def start(config) -> subprocess.Popen:
-    """A run in a process of its own."""
-    arguments = [sys.executable, str(ROOT / "train_gpt2.py"), *command_line(config)]
-    output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(arguments, env=environment(), **output)
-
-
-def wait_for_step(config, step: int, process: subprocess.Popen) -> None:
-    """Returns when the run has logged the loss of `step`."""
-    log = Path(config.log_dir) / "log.txt"
-    deadline = time.monotonic() + 120
-    while f"\n{step} train" not in (log.read_text() if log.exists() else ""):
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def finish(process: subprocess.Popen) -> str:
-    """The output of a run that must end well."""
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, output
-    return output
-
-
-def assert_same_tensors(a, b, where=""):
-    """Two states must be equal to the last bit."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            if key not in ("settings", "B", "log_dir"):
-                assert_same_tensors(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_same_tensors(x, y, f"{where}/{i}")
-    else:
-        assert a == b, where
-
-
-def assert_same_end(one, other) -> None:
-    """Two runs must have ended in the same weights, training state and log, bit for bit."""
-    a, b = (Path(c.log_dir) / f"step_{c.max_steps:05d}" for c in (one, other))
-    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
-    assert_same_tensors(*(torch.load(d / "train_state.pt") for d in (a, b)))
-    assert read_log(one) == read_log(other)
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.faults)])
