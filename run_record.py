@@ -4,6 +4,7 @@ import dataclasses
 import json
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import checkpoint
@@ -20,6 +21,30 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     )
 
 
+def whole_lines(path: Path) -> list[list[str]]:
+    """The three fields of each line; a kill may have left the last one without its end."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    fields = [line.split() for line in lines if line.endswith("\n")]
+    return [f for f in fields if len(f) == 3]
+
+
+def append(path: Path, line: str) -> None:
+    try:
+        with open(path, "a", encoding="utf-8", newline="\n") as file:
+            file.write(line)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+def replace(path: Path, text: str) -> None:
+    try:
+        checkpoint.write_text(path, text)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
 class RunLog:
     """`log.txt`: a line `step stream value` for each value of each step, appended at once."""
 
@@ -28,26 +53,15 @@ class RunLog:
 
     def read(self) -> list[tuple[int, str, float]]:
         """The whole lines so far."""
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        fields = [line.split() for line in lines if line.endswith("\n")]
-        return [(int(f[0]), f[1], float(f[2])) for f in fields if len(f) == 3]
+        return [(int(f[0]), f[1], float(f[2])) for f in whole_lines(self.path)]
 
     def cut(self, step: int) -> None:
         """Forgets what a killed run logged from `step` on, which is about to be done again."""
         kept = [self.line(*values) for values in self.read() if values[0] < step]
-        try:
-            checkpoint.write_text(self.path, "".join(kept))
-        except OSError as error:
-            raise cannot_write(self.path, error) from None
+        replace(self.path, "".join(kept))
 
     def write(self, step: int, stream: str, value: float) -> None:
-        try:
-            with open(self.path, "a", encoding="utf-8", newline="\n") as file:
-                file.write(self.line(step, stream, value))
-        except OSError as error:
-            raise cannot_write(self.path, error) from None
+        append(self.path, self.line(step, stream, value))
 
     @staticmethod
     def line(step: int, stream: str, value: float) -> str:
@@ -57,6 +71,76 @@ class RunLog:
         """The step among `steps` with the lowest validation loss so far."""
         losses = {step: value for step, stream, value in self.read() if stream == "val"}
         return min((s for s in steps if s in losses), key=losses.get, default=None)
+
+
+class Progress:
+    """`progress.txt`: a line `step tokens seconds` for each step, of what the run had trained on
+    and taken for that at its end. Evaluations, and what a kill undid, do not count.
+
+    Apart from `log.txt`, which has nothing in it that two equal runs do not have in common.
+    """
+
+    def __init__(self, log_dir: Path):
+        self.path, self.seconds = log_dir / "progress.txt", 0.0
+
+    def cut(self, step: int) -> None:
+        """Forgets what a killed run wrote from `step` on."""
+        kept = [fields for fields in whole_lines(self.path) if int(fields[0]) < step]
+        self.seconds = float(kept[-1][2]) if kept else 0.0
+        replace(self.path, "".join(" ".join(fields) + "\n" for fields in kept))
+
+    def write(self, step: int, tokens: int, seconds: float) -> None:
+        """seconds: of this step"""
+        self.seconds += seconds
+        append(self.path, f"{step} {tokens} {self.seconds:.3f}\n")
+
+
+class Curves:
+    """`curves.png`, drawn by `plot.py` in a process of its own, for which no step waits.
+
+    A picture that cannot be drawn is told, once, and harms nothing.
+    """
+
+    def __init__(self, log_dir: Path, say):
+        self.log_dir, self.say = log_dir, say
+        self.drawing, self.failed = None, False
+
+    def refresh(self) -> None:
+        """Draws the log as it is now, unless the last picture is still being drawn."""
+        if self.drawing is None or self.drawing.poll() is not None:
+            self.wait(0)
+            program = Path(__file__).resolve().parent / "plot.py"
+            try:
+                self.drawing = subprocess.Popen(
+                    [sys.executable, str(program), str(self.log_dir)],
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                    text=True, errors="replace", start_new_session=True,  # ^C is for the run
+                )  # fmt: skip
+            except OSError as error:
+                self.tell(error.strerror)
+
+    def wait(self, timeout_s: float) -> None:
+        """Returns when the last picture is drawn, or after so many seconds."""
+        if self.drawing is None:
+            return
+        try:
+            errors = self.drawing.communicate(timeout=timeout_s)[1].strip()
+        except subprocess.TimeoutExpired:
+            return
+        if self.drawing.returncode:
+            self.tell(errors.splitlines()[-1] if errors else f"code {self.drawing.returncode}")
+        self.drawing = None
+
+    def finish(self) -> None:
+        """Draws the whole log, and waits for that."""
+        self.wait(60)
+        self.refresh()
+        self.wait(60)
+
+    def tell(self, problem: str) -> None:
+        if not self.failed:
+            self.say(f"{self.log_dir / 'curves.png'}: not drawn ({problem}); the run goes on")
+        self.failed = True
 
 
 def read_facts(log_dir: Path, resume: bool, settings) -> dict:

@@ -41,6 +41,7 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 import checkpoint
 import command_line
@@ -49,8 +50,10 @@ import huggingface
 import run_record
 import token_shards
 import tokenizer
+import trackers
 from errors import SettingError, UserError, run_main
-from run_record import RunLog
+from restarts import fresh_store
+from run_record import Curves, Progress, RunLog
 from stop_signals import Stopped, StopSignals
 
 # -------------------------------------------------------------------------------------------------
@@ -105,6 +108,9 @@ class Config:
     checkpoint_every: int = 1000  # steps between checkpoints; 0: only the final one
     keep_checkpoints: int = 2  # newest checkpoints kept, besides the best one
     resume: bool = True  # continue the run in log_dir; False: refuse if there is one
+    curves: bool = True  # draw curves.png at each evaluation
+    tracker: str = ""  # "", tensorboard or wandb
+    gpu_hour_usd: float = 0.0  # of one GPU, for an estimate of the run's price; 0: none
 
     # system
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -161,7 +167,9 @@ def check_config(config: Config) -> None:
         if not 0 < getattr(c, name) < math.inf:
             raise SettingError(f"{name}={getattr(c, name)}: must be above 0 and finite")
     natural = "seed B batch_ramp_tokens min_lr warmup_steps weight_decay beta1 beta2 grad_clip"
-    natural += " val_every hellaswag_every hellaswag_examples sample_every checkpoint_every"
+    natural += (
+        " gpu_hour_usd val_every hellaswag_every hellaswag_examples sample_every checkpoint_every"
+    )
     for name in natural.split():
         if not 0 <= getattr(c, name) < math.inf:
             raise SettingError(f"{name}={getattr(c, name)}: must be 0 or more and finite")
@@ -186,6 +194,7 @@ def check_config(config: Config) -> None:
         )
     if c.val_every and c.val_tokens < c.T:
         raise SettingError(f"val_tokens={c.val_tokens}: less than one window of T={c.T}")
+    trackers.check(c.tracker)
     check_system(c)
 
 
@@ -954,10 +963,17 @@ class Processes:
             self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
         )
 
-    def say(self, *words) -> None:
-        """Prints, on the first process."""
-        if self.rank == 0:
-            print(*words, flush=True)
+    def say(self, line: str, bold: bool = False) -> None:
+        """Prints a line, on the first process: above the progress bar, if there is one.
+
+        bold: on a terminal, where that is not unwanted (no-color.org)
+        """
+        if self.rank > 0:
+            return
+        if bold and sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+            line = f"\033[1m{line}\033[0m"
+        tqdm.write(line)
+        sys.stdout.flush()
 
     def sum(self, tensor):
         """The sum of `tensor` over all processes, in place."""
@@ -1053,10 +1069,12 @@ def set_up_processes(config: Config) -> Processes:
     watch = None
     if world_size > 1 and not dist.is_initialized():
         timeout = datetime.timedelta(seconds=config.timeout_s)
+        group = dict(rank=rank, world_size=world_size, timeout=timeout)
+        group["store"] = fresh_store(**group)
         if device.type == "cuda":
-            dist.init_process_group("nccl", timeout=timeout, device_id=device)
+            dist.init_process_group("nccl", **group, device_id=device)
         else:
-            dist.init_process_group("gloo", timeout=timeout)
+            dist.init_process_group("gloo", **group)
         # the others wait for the first one's verdict a little longer than it waits for them
         patience = datetime.timedelta(seconds=2 * patience_s(config) + 5)
         watch = dist.new_group(backend="gloo", timeout=patience)
@@ -1244,6 +1262,7 @@ def save_checkpoint(run: "Run") -> None:
         )
     run.processes.barrier()
     if run.processes.rank == 0:
+        run.tracker.flush()
         state = {
             "step": step,
             "position": run.loader.position,
@@ -1272,10 +1291,16 @@ def save_checkpoint(run: "Run") -> None:
                 f"(whole checkpoints: {kept or 'none'})"
             ) from None
         run.processes.say(f"step {step:5d} | saved {log_dir / f'step_{step:05d}'}")
-        best = run.log.best(checkpoint.list_checkpoints(log_dir))
-        checkpoint.prune(log_dir, step, run.config.keep_checkpoints, best)
+        prune(run)
     run.processes.barrier()
     run.saved_step = step
+
+
+def prune(run: "Run") -> None:
+    """Removes the checkpoints that are no longer kept."""
+    log_dir = run.log.path.parent
+    best = run.log.best(checkpoint.list_checkpoints(log_dir))
+    checkpoint.prune(log_dir, run.step, run.config.keep_checkpoints, best)
 
 
 def last_checkpoint(log_dir: Path) -> str:
@@ -1311,6 +1336,9 @@ class Run:
     scaler: torch.amp.GradScaler
     loader: DataLoaderLite
     log: RunLog
+    progress: Progress
+    curves: Curves
+    tracker: trackers.Nothing = dataclasses.field(default_factory=trackers.Nothing)
     step: int = 0  # steps done
     saved_step: int = 0  # of them, as many are in a checkpoint
     bad_steps: int = 0  # non-finite steps in a row
@@ -1377,6 +1405,14 @@ def duration(seconds: float) -> str:
     return f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s" if m else f"{s}s"
 
 
+def progress_bar(run: Run):
+    """A bar with the time left below the lines, on a terminal only."""
+    return tqdm(
+        total=run.config.max_steps, initial=run.step, unit="step", dynamic_ncols=True,
+        disable=run.processes.rank > 0 or not sys.stdout.isatty(), file=sys.stdout, leave=False,
+    )  # fmt: skip
+
+
 class Report:
     """Turns the results of steps into console lines, log lines, and the decision to go on.
 
@@ -1390,16 +1426,17 @@ class Report:
         self.peak = None
         if run.processes.device.type == "cuda":
             self.peak = peak_flops(torch.cuda.get_device_name(), run.processes.dtype)
-        self.last_dts = deque(maxlen=20)
+        self.last_dts, self.told = deque(maxlen=20), 0
+        self.bar = progress_bar(run)
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leaves out of the next step's time what came before it: validation, saving."""
         self.clock = time.perf_counter()
 
-    def add(self, step: int, lr: float, tokens: int, results) -> None:
+    def add(self, step: int, lr: float, tokens: int, position: int, results) -> None:
         """Takes in a step that was launched. Raises Stopped where a signal is to be obeyed."""
-        earlier, self.waiting = self.waiting, (step, lr, tokens, results)
+        earlier, self.waiting = self.waiting, (step, lr, tokens, position, results)
         if not self.run.processes.runs_ahead:
             self.flush()
         elif earlier and (number := self.tell(*earlier)):
@@ -1411,7 +1448,7 @@ class Report:
         if waiting and (number := self.tell(*waiting)):
             raise Stopped(number)
 
-    def tell(self, step: int, lr: float, tokens: int, results) -> int | None:
+    def tell(self, step: int, lr: float, tokens: int, position: int, results) -> int | None:
         """Tells one step, waiting for it; returns the number of a signal to stop for.
 
         Raises UserError after `max_bad_steps` non-finite steps in a row.
@@ -1422,19 +1459,41 @@ class Report:
         dt, self.clock = now - self.clock, now
         self.last_dts.append(dt)
         rate = tokens / dt
-        mfu = "n/a"
+        mfu = None
         if self.peak:
             flops = run.model.flops_per_token(config.T) * rate / run.processes.world_size
-            mfu = f"{100 * flops / self.peak:.1f}%"
-        left = duration(statistics.median(self.last_dts) * (config.max_steps - step - 1))
+            mfu = flops / self.peak
+        left_s = statistics.median(self.last_dts) * (config.max_steps - step - 1)
         run.processes.say(
-            f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
-            f"dt: {1000 * dt:.2f}ms | tok/sec: {rate:.2f} | mfu: {mfu} | left: {left}"
+            f"step {step:5d} | loss: {loss:9.6f} | lr {lr:.4e} | norm: {norm:8.4f} | "
+            f"dt: {1000 * dt:8.2f}ms | tok/sec: {rate:10.2f} | "
+            f"mfu: {'n/a' if mfu is None else f'{mfu:.1%}':>5} | left: {duration(left_s):>6}"
         )
+        self.bar.update()
         if run.processes.rank == 0:
             run.log.write(step, "train", loss)
+            run.progress.write(step, position * config.T, dt)
+            values = dict(loss=loss, lr=lr, norm=norm, tok_per_sec=rate)
+            run.tracker.step(step, **values, **({} if mfu is None else dict(mfu=mfu)))
+        self.told += 1
+        if self.told == 10:
+            self.tell_price(left_s)
         self.count_bad_steps(step, loss, norm)
         return self.signals.number_in(signal_counts)
+
+    def tell_price(self, left_s: float) -> None:
+        """What the steps still to be done take, in time and, if a price is known, in money."""
+        config, world_size = self.run.config, self.run.processes.world_size
+        price = f", {left_s / 3600 * world_size * config.gpu_hour_usd:,.2f} USD"
+        self.run.processes.say(
+            f"by the first ten steps the rest takes {duration(left_s)}"
+            f"{price if config.gpu_hour_usd else ''}, and evaluations on top of that"
+        )
+
+    def close(self) -> None:
+        """The end of the console's progress bar and of the tracker's run."""
+        self.bar.close()
+        self.run.tracker.close()
 
     def count_bad_steps(self, step: int, loss: float, norm: float) -> None:
         run, config = self.run, self.run.config
@@ -1524,7 +1583,11 @@ def open_run(config: Config, processes: Processes):
     tell_set_up(run, val_loader, newest, facts)
     if processes.rank == 0:
         run_record.write_facts(log_dir, facts_of_run(run))
+        told = {at for at, stream, _ in run.log.read() if stream == "train"}
         run.log.cut(step)
+        run.progress.cut(step)
+        settings = dataclasses.asdict(config)
+        run.tracker = trackers.start(config.tracker, log_dir, settings, step, told)
     warm_up(run.training_model, run.ddp_model, run.loader.B, config.T, processes)
     return run, val_loader
 
@@ -1557,8 +1620,10 @@ def set_up_run(config: Config, processes: Processes, model: GPT, train_tokens, v
         ddp_model = DistributedDataParallel(
             training_model, device_ids=ids, gradient_as_bucket_view=True
         )
+    log_dir = Path(config.log_dir)
     run = Run(
-        config=config, processes=processes, loader=loader, log=RunLog(Path(config.log_dir)),
+        config=config, processes=processes, loader=loader, log=RunLog(log_dir),
+        progress=Progress(log_dir), curves=Curves(log_dir, processes.say),
         model=model, training_model=training_model, ddp_model=ddp_model,
         optimizer=configure_optimizer(model, config, device_type),
         scaler=torch.amp.GradScaler(device_type, enabled=processes.dtype == torch.float16),
@@ -1630,16 +1695,17 @@ def train(config: Config) -> int:
             return 0
         questions = load_hellaswag(config, processes, run.model.config.vocab_size)
         with StopSignals(processes) as signals:
-            report = Report(run, signals)
-            try:
-                val_loss = train_to_the_end(run, val_loader, questions, report, signals)
-            except Stopped as stopped:
-                return stop(run, report, stopped)
+            with contextlib.closing(Report(run, signals)) as report:
+                try:
+                    val_loss = train_to_the_end(run, val_loader, questions, report, signals)
+                except Stopped as stopped:
+                    return stop(run, report, stopped)
     except RuntimeError as error:
         raise_if_lost(error, processes, patience_s(config))
         raise
 
     if processes.rank == 0:
+        prune(run)  # what a kill just before the end left
         finished = {"finished_step": run.step, "val_loss": val_loss}
         run_record.write_facts(Path(config.log_dir), facts_of_run(run) | finished)
     processes.say(
@@ -1678,21 +1744,28 @@ def train_to_the_end(run: Run, val_loader, questions: list, report: Report, sign
             val_loss = validation_loss(
                 run.training_model, val_loader, val_rows, processes, signals.check
             )
-            processes.say(f"step {step:5d} | validation loss: {val_loss:.4f}")
+            processes.say(f"step {step:5d} | validation loss: {val_loss:.4f}", bold=True)
             if processes.rank == 0:
                 run.log.write(step, "val", val_loss)
+                run.tracker.evaluation(step, val_loss=val_loss)
 
         # once in a while score HellaSwag
         if score_now:
             score = hellaswag.evaluate(run.model, questions, processes, signals.check)
-            processes.say(f"step {step:5d} | HellaSwag {score}")
+            processes.say(f"step {step:5d} | HellaSwag {score}", bold=True)
             if processes.rank == 0:
                 run.log.write(step, "hella", score.acc_norm)
+                run.tracker.evaluation(step, hella=score.acc_norm)
 
         # once in a while sample, except at step 0, which is noise
         if sample_now and step > 0:
             for i, text in enumerate(samples(run.model, config, processes, signals.check)):
                 processes.say(f"--- sample {i} at step {step}\n{text}\n---")
+                run.tracker.text(step, f"sample_{i}", text)
+
+        # once in a while draw
+        if config.curves and processes.rank == 0 and (validate_now or score_now):
+            run.curves.finish() if last else run.curves.refresh()
 
         if last:
             break
@@ -1706,7 +1779,7 @@ def train_to_the_end(run: Run, val_loader, questions: list, report: Report, sign
         lr = get_lr(step, config)
         tokens = batch_rows(run.loader.position, config) * config.T
         results = train_step(run, lr, signals.row(), signals.check_in_step)
-        report.add(step, lr, tokens, results)
+        report.add(step, lr, tokens, run.loader.position, results)
     return val_loss
 
 

@@ -16,7 +16,7 @@ torch.set_num_threads(1)  # more only cost at these sizes
 SMALL = dict(
     n_layer=2, n_head=2, n_embd=32, T=32, B=4, total_batch_size=128, max_lr=1e-3, min_lr=1e-4,
     warmup_steps=2, max_steps=4, val_every=0, val_tokens=1024, sample_every=0, checkpoint_every=0,
-    hellaswag_every=0, dtype="float32", compile=False,
+    hellaswag_every=0, curves=False, dtype="float32", compile=False,
 )  # fmt: skip
 
 

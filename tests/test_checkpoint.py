@@ -359,7 +359,7 @@ def test_a_run_keeps_the_last_the_best_and_the_final_checkpoint(small, keep, max
     assert set(left) == {best, *range(7 - keep, 7)}
     assert all(checkpoint.damage(path) is None for path in left.values())
     assert {path.name for path in log_dir.iterdir()} == {
-        "log.txt", "run.json", *(path.name for path in left.values()),
+        "log.txt", "progress.txt", "run.json", *(path.name for path in left.values()),
     }  # fmt: skip
 
 

@@ -221,7 +221,7 @@ ABOVE_0 = (
 NOT_BELOW_0 = (
     "seed", "B", "batch_ramp_tokens", "min_lr", "warmup_steps", "weight_decay", "beta1", "beta2",
     "grad_clip", "val_every", "hellaswag_every", "hellaswag_examples", "sample_every",
-    "checkpoint_every",
+    "checkpoint_every", "gpu_hour_usd",
 )  # fmt: skip
 IMPOSSIBLE += [({name: 0}, f"{name}=0", "above 0") for name in ABOVE_0]
 IMPOSSIBLE += [({name: -1}, f"{name}=-1", "above 0") for name in ABOVE_0]

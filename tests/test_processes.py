@@ -84,6 +84,7 @@ def two_nodes(config) -> list[str]:
     return outputs
 
 
+@pytest.mark.faults
 def test_two_nodes_train_and_continue(single, tmp_path):
     settings, train, val = single
     settings = settings | dict(log_dir=str(tmp_path / "log"), sample_every=10, sample_tokens=4)

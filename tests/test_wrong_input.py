@@ -626,6 +626,8 @@ def test_a_device_that_is_not_there_is_met_with_one_that_is(small, capsys):
 # -------------------------------------------------------------------------------------------------
 # Full disks: writes that fail for real
 
+FILES = {"log.txt", "progress.txt", "run.json"}  # of a run, besides its checkpoints
+
 
 def limit_files(size: int):
     """A function for a new process: no file that it writes may grow beyond `size` bytes."""
@@ -646,7 +648,7 @@ def test_without_room_for_a_checkpoint_the_earlier_ones_stay_and_a_rerun_complet
     done = run_trainer(copy, preexec_fn=limit_files(8_000_000))
     assert_disk_full(done, copy, "step 4", "step_00002")
     assert checkpoint.newest_whole(log_dir) == log_dir / "step_00002"
-    assert {path.name for path in log_dir.iterdir()} == {"log.txt", "run.json", "step_00002"}
+    assert {path.name for path in log_dir.iterdir()} == FILES | {"step_00002"}
     code, out, _ = outcome(copy, capsys)
     assert code == 0 and "continuing from" in out
     assert losses(copy) == pytest.approx(losses(stopped), abs=1e-5)
@@ -684,7 +686,7 @@ def test_on_a_full_disk_the_earlier_checkpoint_stays_and_a_rerun_completes(
     done = run_trainer(config, preexec_fn=limit)
     assert_disk_full(done, config, "step 4", "step_00002")
     assert tree(disk / "log" / "step_00002") == whole
-    assert {path.name for path in (disk / "log").iterdir()} == {"log.txt", "run.json", "step_00002"}
+    assert {path.name for path in (disk / "log").iterdir()} == FILES | {"step_00002"}
 
     make_room()
     code, out, _ = outcome(config, capsys)

@@ -1,0 +1,530 @@
+"""The curves: each point where it was measured, published lines where they mean something.
+
+Oracles: the numbers put into the logs, plain loops, and the lines and texts of the Figure; no
+pixels, but for the PNG's head and its size.
+"""
+
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import plot
+from errors import UserError, run_main
+
+NANOGPT = (
+    "0 val 10.9504\n0 hella 0.2463\n0 train 10.955267\n1 train 9.5\n250 val 5.9\n250 hella 0.25\n"
+)
+
+
+def write_run(directory: Path, log: str, progress: str | None = None, data: str | None = None):
+    """A log directory with what a run left there; `data` is that of its run.json."""
+    directory.mkdir(parents=True)
+    (directory / "log.txt").write_text(log)
+    if progress is not None:
+        (directory / "progress.txt").write_text(progress)
+    if data is not None:
+        facts = {"data": "a hash", "settings": {"data": data, "total_batch_size": 2048}}
+        (directory / "run.json").write_text(json.dumps(facts))
+    return str(directory)
+
+
+def stream(name: str, values) -> str:
+    """The lines of one stream; values: {step: value}."""
+    return "".join(f"{step} {name} {value}\n" for step, value in values.items())
+
+
+def steady(steps: int, batch: int = 2048, seconds: float = 0.5) -> str:
+    """A progress.txt of steps that are all alike."""
+    return "".join(f"{i} {(i + 1) * batch} {(i + 1) * seconds}\n" for i in range(steps))
+
+
+def draw(*logs):
+    """(rows of axes, Figure) of some runs."""
+    figure = plot.draw(plot.read_runs(list(logs)))
+    rows = {}
+    for axes in figure.axes:
+        rows.setdefault(axes.get_subplotspec().rowspan.start, []).append(axes)
+    return list(rows.values()), figure
+
+
+def line(axes, label: str) -> tuple[list, list]:
+    """(x, y) of the line of that label."""
+    (found,) = (one for one in axes.get_lines() if one.get_label() == label)
+    return list(found.get_xdata()), list(found.get_ydata())
+
+
+def labels(axes) -> list[str]:
+    return [one.get_label() for one in axes.get_lines() if not one.get_label().startswith("_child")]
+
+
+def level_lines(axes) -> list[float]:
+    """The values of the published lines."""
+    return [one.get_ydata()[0] for one in axes.get_lines() if one.get_linestyle() == "--"]
+
+
+def legend_names(figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    """(exit code, output, errors) of the program, in this process."""
+    before, sys.argv = sys.argv, ["plot.py", *map(str, arguments)]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run_main(plot.main)
+    finally:
+        sys.argv = before
+    return stop.value.code, *capsys.readouterr()
+
+
+# -------------------------------------------------------------------------------------------------
+# Where the points are
+
+
+def test_each_point_is_at_what_was_trained_before_its_step(tmp_path):
+    """A growing batch, steps of unequal length: line s - 1 of progress.txt, and 0 at step 0."""
+    tokens, seconds = [1000, 3000, 6000, 10_000], [0.5, 1.25, 2.5, 4.0]
+    progress = "".join(f"{i} {n} {s}\n" for i, (n, s) in enumerate(zip(tokens, seconds)))
+    log = stream("train", {0: 10.8, 1: 9, 2: 8, 3: 7}) + stream("val", {0: 10.9, 2: 8.5, 4: 6})
+    log += "4 hella 0.26\n"
+    rows, _ = draw(write_run(tmp_path / "a", log, progress, "x.txt"))
+    (left, right), (hella, hella_time) = rows
+    assert line(left, "a each step") == ([0, 1, 3, 6], [10.8, 9, 8, 7])  # thousands
+    assert line(left, "a val") == ([0, 3, 10], [10.9, 8.5, 6])
+    assert line(right, "a each step") == ([0, 0.5, 1.25, 2.5], [10.8, 9, 8, 7])
+    assert line(right, "a val") == ([0, 1.25, 4], [10.9, 8.5, 6])
+    assert line(hella, "a hella") == ([10], [0.26]) and line(hella_time, "a hella") == ([4], [0.26])
+
+
+def test_build_nanogpts_log_has_its_batch_and_no_time(tmp_path):
+    rows, figure = draw(write_run(tmp_path / "theirs", NANOGPT))
+    assert [len(row) for row in rows] == [1, 1]
+    assert line(rows[0][0], "theirs val") == ([0, 250 * 524_288 / 1e6], [10.9504, 5.9])
+    assert line(rows[1][0], "theirs hella") == ([0, 250 * 524_288 / 1e6], [0.2463, 0.25])
+    assert legend_names(figure) == ["theirs (524,288 tokens a step assumed)"]
+
+
+def test_without_progress_the_batch_is_that_of_run_json(tmp_path):
+    rows, figure = draw(write_run(tmp_path / "a", NANOGPT, data="input.txt"))
+    assert line(rows[0][0], "a val")[0] == [0, 250 * 2.048]
+    assert legend_names(figure) == ["a (2,048 tokens a step assumed)"]
+
+
+@pytest.mark.parametrize("rest", ["", "2 6144", "2 6144 1.", "2"])
+def test_what_progress_does_not_know_yet_is_left_out(tmp_path, rest):
+    """Two lines, and a third without its end, which may be cut in the middle of a number."""
+    log = stream("train", {i: 10 - i for i in range(6)})
+    ((left, right),), _ = draw(write_run(tmp_path / "a", log, steady(2) + rest, "x.txt"))
+    assert line(left, "a each step") == ([0, 2.048, 4.096], [10, 9, 8])
+    assert line(right, "a smoothed")[0] == [0, 0.5, 1]
+
+
+def test_a_progress_of_no_line_is_none(tmp_path):
+    rows, _ = draw(write_run(tmp_path / "a", NANOGPT, progress="0 2048", data="x.txt"))
+    assert len(rows[0]) == 1
+
+
+def test_a_run_without_times_has_no_line_over_time(tmp_path):
+    ours = write_run(tmp_path / "ours", NANOGPT, steady(251), "edu_fineweb10B")
+    rows, _ = draw(ours, write_run(tmp_path / "theirs", NANOGPT))
+    for left, right in rows:
+        assert {label.split()[0] for label in labels(left)} == {"ours", "theirs"}
+        assert {label.split()[0] for label in labels(right)} == {"ours"}
+
+
+@pytest.mark.parametrize("end", ["", "3 train 7.", "3 tra", "3", "\n\n", "3 other 1\n"])
+def test_only_whole_lines_count(tmp_path, end):
+    log = stream("train", {0: 10, 1: 9, 2: 8}) + end
+    ((axes,),), _ = draw(write_run(tmp_path / "a", log))
+    assert line(axes, "a each step")[1] == [10, 9, 8]
+
+
+def test_what_is_not_finite_is_left_out(tmp_path):
+    """Each stream goes on after it; the smoothed line is that of the rest."""
+    train = {i: 10 - i / 100 for i in range(300)} | {0: "nan", 7: "inf", 150: "-inf"}
+    log = stream("train", train) + stream("val", {0: "inf", 100: 5, 200: "nan"})
+    ((axes,),), _ = draw(write_run(tmp_path / "a", log + "9 hella nan\n"))
+    kept = [value for value in train.values() if not isinstance(value, str)]
+    assert line(axes, "a each step")[1] == kept and line(axes, "a val")[1] == [5]
+    assert np.isfinite(line(axes, "a smoothed")[1]).all() and np.isfinite(axes.get_ylim()).all()
+
+
+def test_a_step_that_was_logged_twice_has_its_last_value(tmp_path):
+    log = "0 train 9\n1 train 8\n2 train 7\n1 train 8.5\n"
+    ((axes,),), _ = draw(write_run(tmp_path / "a", log))
+    assert line(axes, "a each step")[1] == [9, 8.5, 7]
+
+
+@pytest.mark.parametrize(
+    "log", ["0 train 9\n", "0 val 9\n", "5 hella 0.3\n", "0 train 9\n0 val 9\n"]
+)
+@pytest.mark.parametrize("data", ["x.txt", "edu_fineweb10B"])
+def test_a_single_point_is_seen(tmp_path, log, data):
+    rows, _ = draw(write_run(tmp_path / "a", log, steady(9), data))
+    for axes, _ in rows:
+        for one in axes.get_lines():
+            if one.get_linestyle() != "--" and len(one.get_xdata()) == 1:
+                assert one.get_marker() not in ("", "None", None)
+                assert axes.get_ylim()[0] < one.get_ydata()[0] < axes.get_ylim()[1]
+                assert axes.get_xlim()[0] < one.get_xdata()[0] < axes.get_xlim()[1]
+
+
+def test_the_last_of_many_points_has_a_marker(tmp_path):
+    log = stream("val", {250 * i: 4 for i in range(80)})
+    ((axes,),), _ = draw(write_run(tmp_path / "a", log))
+    (one,) = (one for one in axes.get_lines() if one.get_label() == "a val")
+    marked = list(range(80))[one.get_markevery()[0] :: one.get_markevery()[1]]
+    assert len(one.get_xdata()) == 80 and 15 < len(marked) <= plot.MARKERS_SHOWN
+    assert marked[-1] == 79
+
+
+# -------------------------------------------------------------------------------------------------
+# Smoothing, thinning, limits, units
+
+
+@pytest.mark.parametrize("n", [1, 2, 49, 50, 100, 301, 1000])
+def test_smoothing_is_the_mean_of_2_percent(n):
+    values = np.random.default_rng(n).normal(size=n) + np.linspace(9, 3, n)
+    half = n // 100
+    expected = []
+    for i in range(n):
+        before = min(half, i)
+        expected.append(
+            sum(values[i - before : i + before + 1]) / len(values[i - before : i + before + 1])
+        )
+    np.testing.assert_allclose(plot.smooth(values), expected, rtol=1e-10)
+
+
+def test_smoothing_does_not_bend_the_ends():
+    """Of a level: the level. Of a fall: the fall, but for half a window at the very end."""
+    np.testing.assert_allclose(plot.smooth(np.full(1000, 3.3)), 3.3)
+    fall = np.linspace(11, 3, 1000)
+    np.testing.assert_allclose(plot.smooth(fall)[:-10], fall[:-10])
+    assert 3 <= plot.smooth(fall)[-1] < 3.05
+
+
+@pytest.mark.parametrize("n", [5, 1999, 2001, 20_000, 20_001])
+def test_a_thinned_line_keeps_what_sticks_out(n):
+    y = np.random.default_rng(n).normal(size=n)
+    y[n // 3], y[-1] = 100, -100
+    x, thinned = plot.thin(np.arange(n), y)
+    assert len(x) <= 2 * plot.BUCKETS and (np.diff(x) > 0).all() and (y[x] == thinned).all()
+    assert {100, -100} <= set(thinned)
+
+
+def gpt2_losses(steps: int) -> dict[int, float]:
+    return {i: 3 + 8 * math.exp(-i / 300) + 0.05 * math.sin(i * i) for i in range(steps)}
+
+
+def test_a_short_run_is_seen_whole_and_a_long_one_from_where_it_matters(tmp_path):
+    losses = gpt2_losses(20_000)
+    long = write_run(tmp_path / "long", stream("train", losses), steady(20_000))
+    ((axes, _),), _ = draw(long)
+    low, high = axes.get_ylim()
+    later = [loss for step, loss in losses.items() if step > 600]
+    assert max(later) - 0.3 < high < 5 and min(losses.values()) - 0.2 < low < 3
+    short = {i: 10.8 - 7.2 * (i / 299) ** 0.5 for i in range(300)}
+    ((axes, _),), _ = draw(write_run(tmp_path / "s", stream("train", short), steady(300), "x.txt"))
+    assert axes.get_ylim()[0] < 3.6 and 10.8 < axes.get_ylim()[1] < 11.5
+    ((axes, _),), _ = draw(long, str(tmp_path / "s"))  # beside the long one its end is seen
+    assert axes.get_ylim()[1] < 5
+
+
+def test_a_loss_that_explodes_does_not_squash_the_rest(tmp_path):
+    losses = {i: 10.9 - i / 50 for i in range(200)} | {200: 1e30}
+    ((axes,),), _ = draw(write_run(tmp_path / "a", stream("train", losses)))
+    assert 10.9 < axes.get_ylim()[1] < 12 and axes.get_ylim()[0] < 6.9
+
+
+@pytest.mark.parametrize("column, largest, divisor, label", [
+    ("tokens", 0, 1, "tokens trained on"),
+    ("tokens", 614_400, 1e3, "tokens trained on (thousands)"),
+    ("tokens", 524_288_000, 1e6, "tokens trained on (M)"),
+    ("tokens", 1e10, 1e9, "tokens trained on (B)"),
+    ("seconds", 123, 1, "training time (s)"),
+    ("seconds", 600, 60, "training time (min)"),
+    ("seconds", 6 * 3600, 3600, "training time (h)"),
+    ("seconds", 5 * 86400, 86400, "training time (days)"),
+])  # fmt: skip
+def test_units_fit_the_axis(column, largest, divisor, label):
+    assert plot.choose_unit(column, largest) == (divisor, label)
+
+
+def test_axes_say_what_they_show(tmp_path):
+    progress = steady(251, batch=524_288, seconds=60)
+    rows, figure = draw(write_run(tmp_path / "a", NANOGPT, progress, "x.txt"))
+    assert [row[0].get_ylabel() for row in rows] == [
+        "loss (nats per token)",
+        "HellaSwag (acc_norm)",
+    ]
+    below = [axes.get_xlabel() for axes in rows[-1]]
+    assert below == ["tokens trained on (M)", "training time (h)"]
+    kinds = [text.get_text() for text in figure.legends[1].get_texts()]
+    assert kinds == ["training loss, each step", "mean of 2% of the steps", "validation loss"]
+
+
+def test_without_hellaswag_there_is_no_row_for_it(tmp_path):
+    rows, _ = draw(write_run(tmp_path / "a", "0 train 10\n1 train 9\n"))
+    assert [len(row) for row in rows] == [1]
+    assert rows[0][0].get_ylabel().startswith("loss")
+
+
+# -------------------------------------------------------------------------------------------------
+# Published lines
+
+
+@pytest.mark.parametrize("data, shown", [
+    (None, True), ("edu_fineweb10B", True), ("/data/FineWeb-100B/", True),
+    ("input.txt", False), ("/fineweb/shakespeare", False), ("", False),
+])  # fmt: skip
+def test_the_published_loss_is_drawn_only_for_fineweb(tmp_path, data, shown):
+    rows, _ = draw(write_run(tmp_path / "a", NANOGPT, steady(251), data))
+    for axes in rows[0]:
+        assert level_lines(axes) == [3.2924] * shown
+        assert not shown or axes.get_ylim()[0] < 3.2924 < axes.get_ylim()[1]
+    for axes in rows[1]:
+        assert level_lines(axes) == [0.2955, 0.337]
+    told = [text.get_text() for axes in (rows[0][-1], rows[1][-1]) for text in axes.texts]
+    assert any("3.2924" in text for text in told) == shown
+    assert {"GPT-2 124M\n0.2955", "GPT-3 124M\n0.337"} <= set(told)
+    assert not rows[0][0].texts and not rows[1][0].texts  # once, right of the last column
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"settings": 3}', '{"settings": {"data": 3}}']
+)
+def test_a_damaged_run_json_is_not_taken_for_fineweb(tmp_path, content):
+    log = write_run(tmp_path / "a", NANOGPT)
+    (tmp_path / "a/run.json").write_text(content)
+    assert level_lines(draw(log)[0][0][0]) == []
+
+
+# -------------------------------------------------------------------------------------------------
+# Several runs
+
+
+def test_runs_differ_in_colour_and_in_grey(tmp_path):
+    logs = [write_run(tmp_path / f"run{i}", NANOGPT, steady(251)) for i in range(28)]
+    rows, figure = draw(*logs)
+    looks = set()
+    for i in range(28):
+        (one,) = (one for one in rows[0][0].get_lines() if one.get_label() == f"run{i} val")
+        (smoothed,) = (x for x in rows[0][0].get_lines() if x.get_label() == f"run{i} smoothed")
+        looks.add((one.get_color(), str(smoothed._unscaled_dash_pattern), one.get_marker()))
+        if i < 4:
+            assert [len(set(each)) for each in zip(*looks)] == [i + 1] * 3
+    assert len(looks) == 28
+    assert legend_names(figure) == [f"run{i}" for i in range(28)]
+
+
+@pytest.mark.parametrize("paths, names", [
+    (["x/a", "x/b"], ["a", "b"]),
+    (["x/lr1/log", "x/lr2/log", "y/tiny"], ["lr1/log", "lr2/log", "tiny"]),
+    (["x/1/log", "y/1/log"], ["x/1/log", "y/1/log"]),
+    (["x/a", "x/a", "x/../x/a"], ["a"]),
+    (["_a", r"$\frac$"], ["_a", r"$\frac$"]),
+])  # fmt: skip
+def test_names_are_as_long_as_they_must_be(tmp_path, paths, names):
+    for path in paths:
+        if not (tmp_path / path).exists():
+            write_run(tmp_path / path, "0 val 10\n")
+    _, figure = draw(*(str(tmp_path / path) for path in paths))
+    figure.draw_without_rendering()  # a $ in a name starts no formula, which could be wrong
+    assert legend_names(figure) == [name.replace("/", os.sep) for name in names]
+
+
+def test_a_root_among_the_names(tmp_path):
+    assert plot.distinct_names([Path("/log"), Path("/x/log")]) == [
+        str(Path("/log")),
+        str(Path("x/log")),
+    ]
+
+
+def test_a_name_without_end_is_shortened(tmp_path):
+    _, figure = draw(write_run(tmp_path / ("a" * 100 + "b" * 100), "0 val 10\n"))
+    assert legend_names(figure) == ["a" * 35 + "…" + "b" * 35]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 12])
+def test_nothing_covers_anything(tmp_path, count):
+    """Legends, labels and axes, laid out as in the PNG: no two overlap, none is cut off."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    logs = [
+        write_run(tmp_path / f"{i}_{'name' * (3 * i)}", NANOGPT, steady(251, 524_288))
+        for i in range(count)
+    ]
+    rows, figure = draw(*logs)
+    figure.draw_without_rendering()  # lays it out
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    assert rows[0][0].get_window_extent(renderer).height > 3 * figure.dpi  # however many names
+    boxes = [legend.get_window_extent(renderer) for legend in figure.legends]
+    for row in rows:
+        boxes += [axes.get_window_extent(renderer) for axes in row]
+        boxes += [text.get_window_extent(renderer) for axes in row for text in axes.texts]
+        boxes.append(row[0].yaxis.get_tightbbox(renderer).padded(-3))
+    boxes += [axes.xaxis.label.get_window_extent(renderer) for axes in rows[-1]]
+    for number, box in enumerate(boxes):
+        assert box.x0 > -1 and box.y0 > -1
+        assert box.x1 < figure.bbox.width + 1 and box.y1 < figure.bbox.height + 1
+        for other in boxes[:number]:
+            wide = min(box.x1, other.x1) - max(box.x0, other.x0)
+            high = min(box.y1, other.y1) - max(box.y0, other.y0)
+            assert wide < 4 or high < 4, (box, other)
+
+
+# -------------------------------------------------------------------------------------------------
+# The program
+
+
+def test_20000_steps_make_a_small_picture(tmp_path, capsys):
+    """Four such runs in one PNG: opaque, as wide as it should be, below 300 kB."""
+    logs = []
+    for i in range(4):
+        noise = np.random.default_rng(i).normal(size=20_000) * 0.05
+        losses = {s: v + noise[s] + i / 20 for s, v in gpt2_losses(20_000).items()}
+        val = stream("val", {s: losses[s] for s in range(0, 20_000, 250)})
+        hella = stream("hella", {s: 0.25 + s * 3e-6 for s in range(0, 20_000, 250)})
+        log = stream("train", losses) + val + hella
+        logs.append(write_run(tmp_path / f"run{i}", log, steady(20_000, 524_288)))
+    code, out, _ = run(capsys, *logs)
+    picture = (tmp_path / "run0/curves.png").read_bytes()
+    assert code == 0 and out.endswith("curves.png: run0, run1, run2, run3\n")
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n" and 20_000 < len(picture) < 300_000
+    assert struct.unpack(">II", picture[16:24])[0] == 1300
+    from matplotlib.image import imread
+
+    corner = imread(tmp_path / "run0/curves.png")[0, 0]
+    assert corner[:3].tolist() == [1, 1, 1] and (len(corner) == 3 or corner[3] == 1)
+
+
+def test_a_matplotlibrc_in_the_dark_changes_nothing(tmp_path):
+    import matplotlib
+
+    with matplotlib.rc_context({"axes.facecolor": "black", "figure.facecolor": "black"}):
+        ((axes,),), figure = draw(write_run(tmp_path / "a", "0 train 10\n1 train 9\n"))
+    white = (1, 1, 1, 1)
+    assert axes.get_facecolor() == white and figure.get_facecolor() == white
+    assert axes.yaxis.label.get_color() == plot.DARK
+
+
+@pytest.mark.parametrize("arguments, place", [
+    ([], "log/curves.png"), (["other"], "other/curves.png"), (["log/log.txt"], "log/curves.png"),
+    (["other", "log"], "other/curves.png"), (["log", "-o", "x.png", "other"], "x.png"),
+    (["--out=log/y.PNG"], "log/y.PNG"),
+])  # fmt: skip
+def test_where_the_picture_goes(tmp_path, monkeypatch, capsys, arguments, place):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "log", "0 val 10\n")
+    write_run(tmp_path / "other", "0 val 10\n")
+    before = {path for path in tmp_path.rglob("*")}
+    monkeypatch.setattr(plot, "draw", lambda runs: Blank())
+    code, out, err = run(capsys, *arguments)
+    assert (code, err) == (0, "") and out.startswith(str(Path(place)))
+    assert set(tmp_path.rglob("*")) - before == {tmp_path / place}
+
+
+class Blank:
+    """Instead of a Figure, where only the file is of interest."""
+
+    def savefig(self, file, **settings):
+        file.write(b"a picture")
+
+
+def test_a_failed_write_leaves_the_earlier_picture(tmp_path, monkeypatch):
+    """The disk is full, or the last step is refused."""
+    path = tmp_path / "curves.png"
+    path.write_bytes(b"earlier")
+
+    def refuse(*arguments):
+        raise OSError(28, "No space left on device")
+
+    for module, name in ((plot.checkpoint, "flush"), (plot.os, "replace")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, refuse)
+            with pytest.raises(UserError, match="curves.png.*No space left on device.*choose"):
+                plot.write_png(Blank(), path)
+        assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]
+        assert path.read_bytes() == b"earlier"
+
+
+def test_help_is_short_and_complete(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0 and len(out.splitlines()) < 15
+    for word in ("-o", "--out", "log directories, or log.txt files [log]", "curves.png"):
+        assert word in out
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["progress"], "progress.txt: cannot be read (invalid literal for int() with base 10: 'a')"),
+    ([], "log: no such directory; train one (python train_gpt2.py tiny makes log_tiny)"),
+    (["nowhere"], "nowhere: no such directory"),
+    (["good", "nowhere"], "nowhere: no such directory"),
+    (["empty"], "empty: no log.txt in it; give the log_dir of a run, or a log.txt"),
+    (["blank"], "log.txt: has no line `step stream value`"),
+    (["partial"], "log.txt: has no line `step stream value`"),
+    (["nan"], "log.txt: has no line `step stream value`"),
+    (["damaged"], "log.txt: cannot be read (could not convert string to float: 'x')"),
+    (["odd"], "log.txt: cannot be read (Is a directory)"),
+    (["good", "-o", "no/where/x.png"], "out='no/where/x.png': no directory no/where; make it"),
+    (["good", "-o", "taken.png"], "out='taken.png': cannot be written (Is a directory); choose"),
+    (["good", "-o", "good/log.txt/x.png"], "out='good/log.txt/x.png': no directory good/log.txt"),
+    (["good", "-o", "x.pdf"], "out='x.pdf': must end in .png"),
+    (["good", "--colour=red"], "unrecognized arguments: --colour=red; --help lists"),
+    (["good", "-o"], "argument -o/--out: expected one argument; --help lists"),
+])  # fmt: skip
+@pytest.mark.skipif(os.name != "posix", reason="the words and slashes of other systems")
+def test_wrong_input_is_one_line_and_code_2(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    logs = dict(good="0 val 10\n", blank="", partial="0 val 10", nan="0 val nan\n",
+                damaged="0 val x\n", progress="0 val 10\n")  # fmt: skip
+    for name, log in logs.items():
+        write_run(tmp_path / name, log, "a 1 2\n" if name == "progress" else None)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "odd/log.txt").mkdir(parents=True)
+    (tmp_path / "taken.png").mkdir()
+    monkeypatch.setattr(plot, "draw", lambda runs: Blank())
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
+    assert message in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_that_may_not_be_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plot, "draw", lambda runs: Blank())
+    log = write_run(tmp_path / "a", "0 val 10\n")
+    os.chmod(log, 0o500)
+    code, _, err = run(capsys, log)
+    assert code == 2 and "cannot be written (Permission denied); choose another file" in err
+
+
+def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = run(capsys, write_run(tmp_path / "a", "0 val 10\n"))
+    assert code == 2 and err.count("\n") == 1 and err.endswith("pip install matplotlib\n")
+
+
+def test_as_a_program_it_needs_neither_pytorch_nor_a_window_system(tmp_path):
+    log = write_run(tmp_path / "a", NANOGPT, steady(251), "edu_fineweb10B")
+    code = (
+        "import sys, runpy; sys.argv = ['plot.py', *sys.argv[1:]]\n"
+        "try: runpy.run_path('plot.py', run_name='__main__')\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        "assert not {'torch', 'matplotlib.pyplot', 'tkinter'} & set(sys.modules)"
+    )
+    process = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, log],
+        cwd=ROOT, env=os.environ | {"MPLBACKEND": "TkAgg"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (process.returncode, process.stderr) == (0, "")
+    assert (tmp_path / "a/curves.png").stat().st_size > 10_000
