@@ -50,6 +50,8 @@ PARTS = ("matmul", "train", "hellaswag", "sample", "data")
 
 @dataclass
 class Config:
+    """The settings: a line of the command line each."""
+
     only: str = "all"  # parts with commas between: matmul, train, hellaswag, sample, data
     peer: str = ""  # the directory of another GPT-2 that is timed in the same way
     ladder: bool = False  # instead of the parts: the climb from plain float32, rung by rung
@@ -133,10 +135,12 @@ class Program:
         """What a program does with the norm of the gradient before it steps."""
 
     def make_optimizer(self):
+        """The AdamW that the program would use."""
         fused = self.device.type == "cuda"
         return torch.optim.AdamW(self.model.parameters(), lr=1e-5, betas=(0.9, 0.95), fused=fused)
 
     def peak_mb(self) -> float:
+        """The most memory that was in use so far, in MB; of the GPU, if there is one."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 1e6
         try:
@@ -162,10 +166,12 @@ class Program:
         return {"seconds": self.clock() - start, "count": len(examples)}
 
     def prompt(self):
+        """Four rows of the prompt that all programs continue: int64 (4, T)."""
         ids = tokenizer.get_encoding().encode_ordinary("Hello, I'm a language model,")
         return torch.tensor([ids] * 4, device=self.device)
 
     def sample(self) -> dict:
+        """The seconds that 120 more tokens for each row took, and how many there are."""
         start = self.clock()
         new = self.generate(self.prompt(), 120)
         return {"seconds": self.clock() - start, "count": 4 * new}
@@ -255,10 +261,14 @@ class Ours(Program):
 
 
 class OursCompiled(Ours):
+    """This program, its training step through torch.compile."""
+
     compiled = True
 
 
 class OursInt8(Ours):
+    """This program, its matrices in 8 bits."""
+
     def make_model(self):
         return quantize.to_int8(super().make_model())
 
@@ -509,6 +519,7 @@ def say(text: str) -> None:
 
 
 def summary(values: list[float]) -> dict:
+    """The median, the least and the greatest of some values."""
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
@@ -539,6 +550,7 @@ def rates_table(title: str, unit: str, results: dict, amount) -> dict:
 
 
 def bench_matmul(config: Config, names: list[str], facts: dict) -> dict:
+    """The part `matmul`: the fastest product, measured and by the datasheet, in FLOP/s."""
     result = turns("matmul", ["ours"], config, 1)["ours"]
     measured = max(turn["flops"] for turn in result)
     peak = facts["peak_flops"]
@@ -550,6 +562,7 @@ def bench_matmul(config: Config, names: list[str], facts: dict) -> dict:
 
 
 def bench_train(config: Config, names: list[str], facts: dict) -> dict:
+    """The part `train`: speed, parts of a step and memory of each program."""
     names = [n for n in names if n != "ours, int8" and (config.compile or n != "ours, compiled")]
     results = turns("train", names, config, config.rounds)
     tokens = config.B * config.T
@@ -584,6 +597,7 @@ def bench_train(config: Config, names: list[str], facts: dict) -> dict:
 
 
 def bench_hellaswag(config: Config, names: list[str], facts: dict) -> dict:
+    """The part `hellaswag`: examples a second of each program."""
     names = [name for name in names if name not in ("ours, compiled", "ours, int8")]
     results = turns("hellaswag", names, config, config.rounds)
     title = f"HellaSwag, {facts['dtype']}"
@@ -591,6 +605,7 @@ def bench_hellaswag(config: Config, names: list[str], facts: dict) -> dict:
 
 
 def bench_sample(config: Config, names: list[str], facts: dict) -> dict:
+    """The part `sample`: tokens a second of each program."""
     names = [name for name in names if name != "ours, compiled"]
     results = turns("sample", names, config, config.rounds)
     title = f"Sampling 4 x 120 tokens, {facts['dtype']}"
@@ -598,6 +613,7 @@ def bench_sample(config: Config, names: list[str], facts: dict) -> dict:
 
 
 def bench_data(config: Config, names: list[str], facts: dict) -> dict:
+    """The part `data`: tokens a second of the loader, MB a second of the tokenizers."""
     timed = turns("data", ["ours"], config, config.rounds)["ours"][1:]
     units = {"loader": "tokens/s", "tiktoken": "MB/s", "gigatoken": "MB/s"}
     found = {n: summary([turn[n] for turn in timed]) for n in units if n in timed[0]}

@@ -56,6 +56,8 @@ from token_shards import Counts, Place, Record, no_room
 
 @dataclass
 class Config:
+    """The settings: a line of the command line each."""
+
     # what to read
     source: str = "HuggingFaceFW/fineweb-edu"  # a dataset on the Hub, or a file, directory or glob
     name: str = ""  # the Hub dataset's configuration; of FineWeb-Edu sample-10BT
@@ -448,6 +450,7 @@ def tell_end(record: Record, finished: bool, whole: bool, seconds: float, tokens
 
 
 def not_installed(error: ImportError) -> SettingError:
+    """The error to raise where a package is missing."""
     return SettingError(f"{error.name}: not installed; pip install -r requirements.txt")
 
 

@@ -284,6 +284,7 @@ class Batch(NamedTuple):
 
 
 def make_batch(rows: list[Row], T: int) -> Batch:
+    """The batch of some rows, padded to T tokens each."""
     tokens, positions = np.zeros((2, len(rows), T), dtype=np.int64)
     segments = np.full((len(rows), T), -1, dtype=np.int64)
     before, targets, owners = [], [], []
@@ -446,6 +447,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """The settings of a command line. Raises SettingError where it makes no sense."""
     parser = Parser(description="Scores a GPT-2 on HellaSwag.", allow_abbrev=False)
     add = parser.add_argument
     add("-m", "--model", default="gpt2", help="a Hub name, a checkpoint, a log directory [gpt2]")

@@ -225,6 +225,7 @@ def judge(error: Exception) -> tuple[str, float | None]:
 
 
 def no_access() -> str:
+    """What to say where the Hub refuses a dataset."""
     from huggingface_hub import get_token
 
     known = "the HF_TOKEN given" if get_token() else "no HF_TOKEN"

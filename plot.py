@@ -71,6 +71,7 @@ class Run:
     on_fineweb: bool
 
     def has(self, column: str) -> bool:
+        """Whether something is known of the run over tokens, or over seconds."""
         return column == "tokens" or self.progress is not None
 
     def place(self, steps: np.ndarray, column: str) -> np.ndarray:
@@ -463,6 +464,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """The settings of a command line. Raises SettingError where it makes no sense."""
     parser = Parser(description="Draws the curves of one or more runs.", allow_abbrev=False)
     add = parser.add_argument
     add("logs", nargs="*", metavar="log", help="log directories, or log.txt files [log]")

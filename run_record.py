@@ -31,6 +31,7 @@ def whole_lines(path: Path) -> list[list[str]]:
 
 
 def append(path: Path, line: str) -> None:
+    """Adds a line to a file. Raises UserError where there is no room."""
     try:
         with open(path, "a", encoding="utf-8", newline="\n") as file:
             file.write(line)
@@ -39,6 +40,7 @@ def append(path: Path, line: str) -> None:
 
 
 def replace(path: Path, text: str) -> None:
+    """Writes a file beside its place and renames it there. Raises UserError as `append` does."""
     try:
         checkpoint.write_text(path, text)
     except OSError as error:
@@ -61,10 +63,12 @@ class RunLog:
         replace(self.path, "".join(kept))
 
     def write(self, step: int, stream: str, value: float) -> None:
+        """Appends the value of a step. Raises UserError where there is no room."""
         append(self.path, self.line(step, stream, value))
 
     @staticmethod
     def line(step: int, stream: str, value: float) -> str:
+        """A line of the file."""
         return f"{step} {stream} {value:.6f}\n"
 
     def best(self, steps) -> int | None:
@@ -138,6 +142,7 @@ class Curves:
         self.wait(60)
 
     def tell(self, problem: str) -> None:
+        """Says what went wrong, the first time."""
         if not self.failed:
             self.say(f"{self.log_dir / 'curves.png'}: not drawn ({problem}); the run goes on")
         self.failed = True

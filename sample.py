@@ -37,6 +37,8 @@ from errors import SettingError, UserError, run_main
 
 @dataclass
 class Config:
+    """The settings: a line of the command line each."""
+
     models: tuple = ("log",)  # log directories, checkpoints, Hugging Face directories, Hub names
     prompt: str = "Hello, I'm a language model,"  # a text; FILE:path; - for standard input
     num: int = 1  # texts from each model
@@ -211,11 +213,13 @@ def write_texts(model, name: str, prompt: list[int], config: Config, processes) 
 
 
 def heading(name: str, row: int, config: Config) -> str:
+    """The line above a text."""
     number = f", text {row + 1} of {config.num}" if config.num > 1 else ""
     return f"--- {name}{number}\n"
 
 
 def write(*parts: str) -> None:
+    """Writes to standard output at once."""
     sys.stdout.write("".join(parts))
     sys.stdout.flush()
 

@@ -48,6 +48,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def note(self, index, number, frame):
+        """The handler of the signals."""
         if number == signal.SIGINT and self.received == index:
             raise KeyboardInterrupt
         if self.received is None:

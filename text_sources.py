@@ -96,11 +96,13 @@ def text_bytes(path: Path, column: str) -> float:
 
 
 def unreadable(path, error: Exception) -> UserError:
+    """The error to raise for a file that cannot be read."""
     reason = " ".join(str(error).split())[:200]
     return UserError(f"{path}: cannot be read ({reason}); mend it and run the same command again")
 
 
 def no_column(where: str, column: str, names) -> UserError:
+    """The error to raise where a file lacks the column of the texts."""
     return UserError(
         f"{where}: no column {column!r}; choose another --text_column, "
         f"there {'is' if len(names) == 1 else 'are'} {', '.join(map(str, names)) or 'none'}"
@@ -234,10 +236,12 @@ def skip(stream, count: int) -> None:
 
 
 def after_line(text: bytearray, searched: int) -> int:
+    """Where the last whole line ends that was found from `searched` on; 0: nowhere."""
     return text.rfind(b"\n", searched) + 1
 
 
 def after_separator(separator: bytes, text: bytearray, searched: int) -> int:
+    """Where the last separator ends that was found from `searched` on; 0: nowhere."""
     # Found from left to right, as `split` does: b"\n\n" stands once in three line ends, first.
     parts = text[max(0, searched - len(separator) + 1) :].split(separator)
     return len(text) - len(parts[-1]) if len(parts) > 1 else 0

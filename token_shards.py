@@ -119,6 +119,7 @@ class Counts(NamedTuple):
     replaced: int = 0
 
     def plus(self, other: "Counts") -> "Counts":
+        """The sums, one by one."""
         return Counts(*(a + b for a, b in zip(self, other)))
 
 
@@ -156,6 +157,7 @@ def hidden(path: Path) -> Path:
 
 
 def no_room(directory: Path) -> UserError:
+    """The error to raise where the disk is full."""
     free = shutil.disk_usage(directory).free
     return UserError(
         f"out={str(directory)!r}: the disk is full ({free:,} bytes left); make room and run the "
@@ -173,6 +175,7 @@ class Shard:
 
     @property
     def room(self) -> int:
+        """Tokens that the shard still takes."""
         return self.capacity - self.tokens
 
     def write(self, tokens: np.ndarray) -> None:
@@ -217,6 +220,7 @@ class Shard:
         checkpoint.flush(self.path.parent)
 
     def discard(self) -> None:
+        """Gives up the shard; no file of it is left."""
         self.file.close()
         hidden(self.path).unlink(missing_ok=True)
 
@@ -380,9 +384,11 @@ class Record:
         return self.next_missing() is None and self.path.exists() and not self.partial.exists()
 
     def split_of(self, number: int) -> str:
+        """The split that shard `number` belongs to."""
         return "val" if number == 0 and self.rank == 0 else "train"
 
     def open_shard(self, number: int, tokens: int = 0) -> Shard:
+        """Shard `number`, to be filled, of which `tokens` are on the disk already."""
         rank = f"_{self.rank:05d}" if self.world > 1 else ""
         split, size = self.split_of(number), self.settings["shard_size"]
         if split == "val" and self.settings["val_tokens"]:
@@ -402,6 +408,7 @@ class Record:
         return self.open_shard(number), Place.of(place) if place else Place()
 
     def save(self) -> None:
+        """Writes what is known so far."""
         checkpoint.write_text(self.partial, json.dumps(self.facts, indent=1) + "\n")
 
     def save_open(self, shard: Shard, number: int, place: Place) -> None:
@@ -435,6 +442,7 @@ class Record:
         shard.publish()
 
     def otherwise(self, number: int) -> UserError:
+        """The error to raise where a shard made again has other tokens."""
         return UserError(
             f"{self.directory / self.facts['shards'][number]['file']}: comes out otherwise than "
             "when it was first made; were the sources changed? choose another --out"

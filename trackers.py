@@ -137,11 +137,13 @@ class WeightsAndBiases(Nothing):
         self.evaluation(step, **{name: text})
 
     def send(self, step: int, values: dict) -> None:
+        """Keeps a row and tells it."""
         self.row = {}
         run_record.append(self.file, json.dumps(dict(step=step, values=values)) + "\n")
         self.tell(step, values)
 
     def tell(self, step: int, values: dict) -> None:
+        """Tells a row that wandb does not have; texts go as HTML."""
         import wandb
 
         for name, value in values.items():

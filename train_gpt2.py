@@ -20,7 +20,6 @@ programs nanoGPT and build-nanogpt, whose names are kept.
 import contextlib
 import ctypes
 import dataclasses
-import datetime
 import functools
 import hashlib
 import math
@@ -47,12 +46,12 @@ import checkpoint
 import command_line
 import hellaswag
 import huggingface
+import process_group
 import run_record
 import token_shards
 import tokenizer
 import trackers
 from errors import SettingError, UserError, run_main
-from restarts import fresh_store
 from run_record import Curves, Progress, RunLog
 from stop_signals import Stopped, StopSignals
 
@@ -62,6 +61,8 @@ from stop_signals import Stopped, StopSignals
 
 @dataclass
 class Config:
+    """The settings: a line of the command line each."""
+
     # data
     data: str = "edu_fineweb10B"  # a directory of token shards (.npy, .bin), or one .txt file
     check_data: bool = True  # read all shards through, if they have a manifest, before training
@@ -215,6 +216,8 @@ def check_system(settings) -> None:
 
 @dataclass
 class GPTConfig:
+    """The shape of a GPT-2."""
+
     block_size: int = 1024  # longest context, in tokens
     vocab_size: int = 50257  # 256 bytes + 50,000 merges + <|endoftext|>
     n_layer: int = 12
@@ -325,6 +328,7 @@ class GPT(nn.Module):
         self.init_weights()
 
     def tie(self) -> None:
+        """Makes the head the token embedding, if it is to be."""
         if self.config.tied:
             self.lm_head.weight = self.transformer.wte.weight
 
@@ -951,7 +955,6 @@ class Processes:
     world_size: int
     device: torch.device
     dtype: torch.dtype  # of matrix products; float32 means no autocast
-    watch: dist.ProcessGroup | None = None  # over gloo, to ask which process is missing
 
     @property
     def runs_ahead(self) -> bool:
@@ -959,6 +962,7 @@ class Processes:
         return self.device.type == "cuda"
 
     def autocast(self):
+        """A context in which matrix products are in `dtype`."""
         return torch.autocast(
             self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
         )
@@ -982,23 +986,9 @@ class Processes:
         return tensor
 
     def barrier(self) -> None:
+        """Returns when all processes have come here."""
         if self.world_size > 1:
             dist.barrier()
-
-    def missing(self, seconds: float) -> str:
-        """Which processes do not answer in so many seconds, as far as torch can tell.
-
-        To be called by all where waiting for one another failed.
-        """
-        try:
-            patience = datetime.timedelta(seconds=seconds)
-            dist.monitored_barrier(self.watch, patience, wait_all_ranks=True)
-        except RuntimeError as error:
-            if ranks := re.search(r"Ranks ([\d, ]+) failed", str(error)):
-                return f"no answer from rank {ranks[1]}"
-            if self.rank > 0 and "Timed out" in str(error):
-                return "no answer from rank 0"
-        return "another process is gone"
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:
@@ -1055,34 +1045,19 @@ def keep_freed_memory() -> None:
             mallopt(parameter, 2**31 - 1)
 
 
-def patience_s(config: Config) -> float:
-    """Seconds in which a process that is alive answers another: it waited for as long as that."""
-    return min(config.timeout_s, 20)
-
-
 def set_up_processes(config: Config) -> Processes:
     """Joins the process group that torchrun set up, if any, and picks device and dtype."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "mps" and world_size > 1:
         raise SettingError("device='mps': one process only; start several with --device=cpu")
-    watch = None
     if world_size > 1 and not dist.is_initialized():
-        timeout = datetime.timedelta(seconds=config.timeout_s)
-        group = dict(rank=rank, world_size=world_size, timeout=timeout)
-        group["store"] = fresh_store(**group)
-        if device.type == "cuda":
-            dist.init_process_group("nccl", **group, device_id=device)
-        else:
-            dist.init_process_group("gloo", **group)
-        # the others wait for the first one's verdict a little longer than it waits for them
-        patience = datetime.timedelta(seconds=2 * patience_s(config) + 5)
-        watch = dist.new_group(backend="gloo", timeout=patience)
+        process_group.join(rank, world_size, device, config.timeout_s)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     elif device.type == "cpu":
         keep_freed_memory()
-    return Processes(rank, world_size, device, pick_dtype(config.dtype, device), watch)
+    return Processes(rank, world_size, device, pick_dtype(config.dtype, device))
 
 
 # Dense bfloat16 or float16 peaks of the datasheets, in TFLOP/s; the first name that fits counts.
@@ -1496,6 +1471,7 @@ class Report:
         self.run.tracker.close()
 
     def count_bad_steps(self, step: int, loss: float, norm: float) -> None:
+        """Counts non-finite steps in a row. Raises SettingError when they are `max_bad_steps`."""
         run, config = self.run, self.run.config
         if math.isfinite(loss) and math.isfinite(norm):
             run.bad_steps = 0
@@ -1686,7 +1662,7 @@ def train(config: Config) -> int:
     """Trains by the settings until max_steps or a signal; returns the exit code.
 
     0: finished; 128 + N: stopped by signal N with a checkpoint of the last whole step.
-    Raises UserError for what the user can mend, and LostProcess.
+    Raises UserError for what the user can mend, or where another process is lost.
     """
     processes = set_up_processes(config)
     try:
@@ -1701,7 +1677,7 @@ def train(config: Config) -> int:
                 except Stopped as stopped:
                     return stop(run, report, stopped)
     except RuntimeError as error:
-        raise_if_lost(error, processes, patience_s(config))
+        process_group.raise_if_lost(error)
         raise
 
     if processes.rank == 0:
@@ -1793,23 +1769,6 @@ def stop(run: Run, report: Report, stopped: Stopped) -> int:
     where = f"after step {run.step - 1}" if run.step else "before the first step"
     run.processes.say(f"stopped by {stopped} {where}{saved}; the same command continues the run")
     return 128 + stopped.number
-
-
-class LostProcess(UserError):
-    """Another process of the run is gone or hangs, so that no step can be finished."""
-
-    code = 3
-
-
-def raise_if_lost(error: RuntimeError, processes: Processes, seconds: float) -> None:
-    """Raises LostProcess where `error` is that of waiting for another process, after looking for
-    that one for so many seconds."""
-    lost = isinstance(error, dist.DistError) or "/gloo/" in str(error)
-    if processes.watch and lost:
-        raise LostProcess(
-            f"rank {processes.rank}: {processes.missing(seconds)} ({str(error)[:200]}); "
-            "the same command continues from the last checkpoint"
-        ) from None
 
 
 def is_due(every: int, step: int) -> bool:
