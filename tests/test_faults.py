@@ -1,7 +1,8 @@
 """Damage done for real: kills, signals, stopped processes, spoilt files and numbers.
 
-The default run does each kind once; `pytest -m faults` does the rest: 50 runs killed at any instant
-and started again, 10 more under torchrun, and all that takes a process group.
+The default run does what takes one process and little time (the other kills and signals of it are
+in test_run.py); `pytest -m faults` does the rest: 50 runs killed at any instant and started again,
+10 more under torchrun, and all that takes a process group.
 """
 
 import dataclasses
@@ -113,7 +114,8 @@ def command_of(pid: int) -> bytes:
 EVENTS = 95  # times that a run of TINY opens, renames or removes a file
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=faults) for n in range(1, 50))])
+@faults
+@pytest.mark.parametrize("seed", range(50))
 def test_killed_anywhere_a_run_ends_in_the_same_bits(whole, tmp_path, seed):
     """Half of the runs die before one of the changes they make to files, the other half at a random
     instant; each fifth dies again as soon as it has been started."""

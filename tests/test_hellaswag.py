@@ -1082,6 +1082,7 @@ def test_training_scores_at_its_steps(forks, small, tmp_path, capsys):
         assert re.fullmatch(r"\d+ (train|hella) \d+\.\d+", line)
 
 
+@pytest.mark.faults
 def test_each_score_is_logged_once_whatever_is_killed(forks, small, tmp_path):
     """Killed in a score right after saving; and some steps, with a score, after saving."""
     data = write_examples(tmp_path / "data.jsonl", make_examples(13, most=5))

@@ -1,12 +1,8 @@
 """The same run on 1, 2 and 3 processes, on two nodes, and through torchrun."""
 
-import re
-import signal
 import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, SMALL, command_line, environment, losses, run_trainer
@@ -95,30 +91,3 @@ def test_two_nodes_train_and_continue(single, tmp_path):
     assert "continuing from" in "".join(outputs)
     assert list(losses(config)) == list(range(22))
     assert losses(config, "val")[10] == pytest.approx(val[10], abs=1e-5)
-
-
-def test_a_signal_to_one_process_stops_all_at_the_same_step(single, tmp_path):
-    settings, *_ = single
-    config = train_gpt2.Config(
-        **settings | dict(max_steps=100_000, val_every=0, log_dir=str(tmp_path / "log"))
-    )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc_per_node=2", str(ROOT / "train_gpt2.py"), *command_line(config)]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
-    torchrun = subprocess.Popen(command, **pipes)
-    log, deadline = Path(config.log_dir) / "log.txt", time.monotonic() + 90
-    while "\n5 train" not in (log.read_text() if log.exists() else ""):
-        assert torchrun.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
-    ranks = {}
-    for child in children:
-        variables = Path(f"/proc/{child}/environ").read_bytes().decode()
-        if match := re.search(r"\0RANK=(\d)", variables):
-            ranks[int(match[1])] = int(child)
-    subprocess.run(["kill", f"-{int(signal.SIGUSR1)}", str(ranks[1])], check=True)
-    output = torchrun.communicate(timeout=60)[0]
-    stopped = int(re.search(r"stopped by SIGUSR1 after step (\d+)", output)[1])
-    assert f"exitcode  : {128 + signal.SIGUSR1}" in output
-    assert (Path(config.log_dir) / f"step_{stopped + 1:05d}" / "train_state.pt").exists()
-    assert max(losses(config)) == stopped

@@ -92,6 +92,7 @@ def history(log_dir: Path) -> list[dict]:
     return rows
 
 
+@pytest.mark.faults
 def test_wandb_holds_each_value_once_across_a_kill_and_keeps_its_key_to_itself(small):
     config = small(**EVALUATED, tracker="wandb")
     key = "0123456789abcdef" * 2 + "01234567"

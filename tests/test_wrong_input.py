@@ -639,6 +639,7 @@ def assert_disk_full(done, config, *words) -> None:
     assert_one_line(done.stderr, (f"log_dir={config.log_dir!r}", "make room", *words))
 
 
+@pytest.mark.faults
 def test_without_room_for_a_checkpoint_the_earlier_ones_stay_and_a_rerun_completes(
     copy, stopped, capsys
 ):
