@@ -67,6 +67,8 @@ def spell_out(arguments: list[str], switches: set[str]) -> list[str]:
 
 
 class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are those of a setting."""
+
     def error(self, message):
         raise SettingError(f"{message}; --help lists all settings")
 

@@ -41,6 +41,7 @@ from torch.nn import functional as F
 
 import huggingface
 import tokenizer
+from command_line import Parser
 from errors import SettingError, UserError, run_main
 
 STYLES = ("completion", "harness", "choice")
@@ -439,11 +440,6 @@ def evaluate(model, questions: list[Question], processes, check=lambda: None) ->
 
 # -------------------------------------------------------------------------------------------------
 # The command line
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise SettingError(f"{message}; --help lists all settings")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 import checkpoint
+from command_line import Parser
 from errors import SettingError, UserError, run_main
 
 # Published results, (label, value). The loss is OpenAI's GPT-2 124M on FineWeb-Edu's validation
@@ -456,11 +457,6 @@ def write_png(figure, path: Path) -> None:
 
 # -------------------------------------------------------------------------------------------------
 # The command line
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise SettingError(f"{message}; --help lists all settings")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
