@@ -1,6 +1,8 @@
 """What the tests share: a small run, in this process or in its own, and a text to train on."""
 
+import functools
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -142,3 +144,8 @@ def assert_same_end(one, other) -> None:
     assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
     assert_same_tensors(*(torch.load(d / "train_state.pt") for d in (a, b)))
     assert read_log(one) == read_log(other)
+
+
+def limit_files(size: int):
+    """A function for a new process: no file that it writes may grow beyond `size` bytes."""
+    return functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))

@@ -64,7 +64,7 @@ def test_what_the_readme_names_is_there():
         assert f"`{name}`" in table and name in settings
 
 
-# The first of them is installed already; `bench.py` and the tests have tests of their own.
+# What pip installs is there already; `bench.py` and the tests have tests of their own.
 WALK = [
     command
     for command, comment in commands()

@@ -1,11 +1,9 @@
 """What a run shows: TensorBoard, Weights & Biases, the picture, the progress file, the console."""
 
-import functools
 import json
 import os
 import pty
 import re
-import resource
 import signal
 import struct
 import subprocess
@@ -14,7 +12,16 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_same_end, command_line, environment, losses, read_log, start
+from conftest import (
+    ROOT,
+    assert_same_end,
+    command_line,
+    environment,
+    limit_files,
+    losses,
+    read_log,
+    start,
+)  # fmt: skip
 
 import run_record
 import trackers
@@ -175,11 +182,6 @@ def test_the_picture_is_drawn_at_each_evaluation_and_whole_at_the_end(small, mon
     assert drawn == [1, 5, 9]
     picture = (Path(config.log_dir) / "curves.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and picture.endswith(b"IEND\xaeB`\x82")
-
-
-def limit_files(size: int):
-    """A function for a new process: no file that it writes may grow beyond `size` bytes."""
-    return functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, environment, losses, run_trainer
+from conftest import ROOT, SMALL, environment, limit_files, losses, run_trainer
 
 import checkpoint
 import errors
@@ -627,11 +627,6 @@ def test_a_device_that_is_not_there_is_met_with_one_that_is(small, capsys):
 # Full disks: writes that fail for real
 
 FILES = {"log.txt", "progress.txt", "run.json"}  # of a run, besides its checkpoints
-
-
-def limit_files(size: int):
-    """A function for a new process: no file that it writes may grow beyond `size` bytes."""
-    return functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
 
 
 def assert_disk_full(done, config, *words) -> None:
