@@ -12,6 +12,7 @@ all alike. Shown are medians of the turns, the spread, and the ratio to transfor
     train      a step of AdamW on B x T tokens, and its parts
     hellaswag  examples scored; for the others the plain loop: one at a time, four padded rows
     sample     4 texts x 120 tokens, top_k 50; for a peer its generate, or build-nanogpt's loop
+    optimizer  our update of all weights, by AdamW and by Muon with AdamW
     data       the loader and the tokenizers
 
 The peers' code is run as it is; their optimizer is PyTorch's AdamW, fused on CUDA.
@@ -45,14 +46,14 @@ import tokenizer
 import train_gpt2
 from errors import SettingError, UserError, run_main
 
-PARTS = ("matmul", "train", "hellaswag", "sample", "data")
+PARTS = ("matmul", "train", "hellaswag", "sample", "optimizer", "data")
 
 
 @dataclass
 class Config:
     """The settings: a line of the command line each."""
 
-    only: str = "all"  # parts with commas between: matmul, train, hellaswag, sample, data
+    only: str = "all"  # parts of those above, with commas between
     peer: str = ""  # the directory of another GPT-2 that is timed in the same way
     ladder: bool = False  # instead of the parts: the climb from plain float32, rung by rung
     rounds: int = 3  # timed turns of each program
@@ -232,6 +233,23 @@ class Ours(Program):
                     torch.mm(a, b, out=c)
                 rates.append(3 * 2 * m * k * n / (self.clock() - start))
         return {"flops": max(rates[1:])}
+
+    def optimizers(self) -> dict:
+        """Seconds of an update, the gradients being there, by each of our optimizers."""
+        if self.optimizer is None:
+            settings = {kind: train_gpt2.Config(optimizer=kind) for kind in ("adamw", "muon")}
+            make = train_gpt2.configure_optimizer
+            kinds = {kind: make(self.model, c, self.device.type) for kind, c in settings.items()}
+            self.optimizer = kinds
+            for parameter in self.model.parameters():
+                parameter.grad = 1e-3 * torch.randn_like(parameter)
+        found = {}
+        for kind, optimizer in self.optimizer.items():
+            start = self.clock()
+            for _ in range(3):
+                optimizer.step()
+            found[kind] = (self.clock() - start) / 3
+        return found
 
     def data(self) -> dict:
         """Tokens/s of the loader, in steps of B rows; MB/s of the tokenizers."""
@@ -610,6 +628,16 @@ def bench_sample(config: Config, names: list[str], facts: dict) -> dict:
     results = turns("sample", names, config, config.rounds)
     title = f"Sampling 4 x 120 tokens, {facts['dtype']}"
     return rates_table(title, "tokens/s", results, lambda result: result["count"])
+
+
+def bench_optimizer(config: Config, names: list[str], facts: dict) -> dict:
+    """The part `optimizer`: milliseconds of an update by each of our optimizers."""
+    timed = turns("optimizers", ["ours"], config, config.rounds)["ours"][1:]
+    found = {k: summary([1e3 * turn[k] for turn in timed]) for k in ("adamw", "muon")}
+    rows = [[k, f"{ms['median']:,.1f}", f"{ms['least']:,.1f} to {ms['most']:,.1f}"]
+            for k, ms in found.items()]  # fmt: skip
+    table("An update of all weights", ["optimizer", "ms", "spread"], rows)
+    return found
 
 
 def bench_data(config: Config, names: list[str], facts: dict) -> dict:

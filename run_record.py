@@ -148,10 +148,9 @@ class Curves:
         self.failed = True
 
 
-def read_facts(log_dir: Path, resume: bool, settings) -> dict:
+def read_facts(log_dir: Path, resume: bool) -> dict:
     """`run.json` of the run in `log_dir`, or {} where there is no run.
 
-    settings: the names of settings that it must hold
     Raises SettingError where there is one and `resume` is False, or it is damaged, or the directory
     is another program's.
     """
@@ -166,8 +165,8 @@ def read_facts(log_dir: Path, resume: bool, settings) -> dict:
         facts = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(facts, dict) or "data" not in facts:
             raise ValueError("no record of a run")
-        if missing := [name for name in settings if name not in facts.get("settings", {})]:
-            raise ValueError(f"no setting {missing[0]}")
+        if "max_steps" not in facts.get("settings", {}):
+            raise ValueError("no setting max_steps")
         return facts
     except FileNotFoundError:
         if log.exists() and not checkpoints:
@@ -190,9 +189,11 @@ def read_facts(log_dir: Path, resume: bool, settings) -> dict:
 def check_same_run(config, earlier: dict, names, log_dir: Path) -> None:
     """Raises SettingError where one of the settings `names` contradicts the run in `log_dir`.
 
-    earlier: that run's settings; its max_steps may grow.
+    earlier: that run's settings; its max_steps may grow. One that this program did not have yet
+    when the run began was what is the default now.
     """
     where = f"log_dir={str(log_dir)!r} holds a run with"
+    earlier = {field.name: field.default for field in dataclasses.fields(config)} | earlier
     for name in names:
         if earlier[name] != getattr(config, name):
             raise SettingError(

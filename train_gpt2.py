@@ -81,7 +81,9 @@ class Config:
     total_batch_size: int = 524288  # tokens per step over all processes: 2**19, GPT-3's 0.5 M
     batch_ramp_tokens: int = 0  # tokens over which the batch grows from 32,768; 0: no ramp
 
-    # AdamW, as in GPT-3 (table 2.1 and appendix B)
+    # optimizer and schedule, as in GPT-3 (table 2.1 and appendix B)
+    optimizer: str = "adamw"  # adamw, or muon: on the matrices of the blocks, AdamW on the rest
+    schedule: str = "cosine"  # of the learning rate after the warm-up: cosine or linear
     max_lr: float = 6e-4  # learning rate after the warm-up
     min_lr: float = 6e-5  # learning rate at the end: 10 %
     warmup_steps: int = 715  # steps of linear warm-up: 375 M tokens
@@ -91,6 +93,8 @@ class Config:
     beta2: float = 0.95  # decay of the second moment
     eps: float = 1e-8  # added to the root of the second moment
     grad_clip: float = 1.0  # largest global norm of the gradient; 0: no clipping
+    muon_lr: float = 0.02  # Muon's learning rate after the warm-up; it rises and falls with AdamW's
+    muon_momentum: float = 0.95  # decay of the average of gradients that Muon orthogonalizes
     max_bad_steps: int = 3  # non-finite steps in a row after which the run stops
 
     # evaluation
@@ -154,8 +158,8 @@ RAMP_START = 32768  # tokens per step at the start of a batch ramp (GPT-3, appen
 # by content, and `max_steps` may grow.
 DEFINING = (
     "seed", "shuffle", "init_from", "n_layer", "n_head", "n_embd", "T", "total_batch_size",
-    "batch_ramp_tokens", "max_lr", "min_lr", "warmup_steps", "weight_decay", "beta1", "beta2",
-    "eps", "grad_clip",
+    "batch_ramp_tokens", "optimizer", "schedule", "max_lr", "min_lr", "warmup_steps",
+    "weight_decay", "beta1", "beta2", "eps", "grad_clip", "muon_lr", "muon_momentum",
 )  # fmt: skip
 
 
@@ -163,22 +167,24 @@ def check_config(config: Config) -> None:
     """Raises UserError for the first setting that is out of range or contradicts another."""
     c = config
     positive = "n_layer n_head n_embd T total_batch_size max_steps val_tokens sample_tokens"
-    positive += " num_samples keep_checkpoints max_bad_steps max_lr eps timeout_s"
+    positive += " num_samples keep_checkpoints max_bad_steps max_lr eps muon_lr timeout_s"
     for name in positive.split():
         if not 0 < getattr(c, name) < math.inf:
             raise SettingError(f"{name}={getattr(c, name)}: must be above 0 and finite")
     natural = "seed B batch_ramp_tokens min_lr warmup_steps weight_decay beta1 beta2 grad_clip"
-    natural += (
-        " gpu_hour_usd val_every hellaswag_every hellaswag_examples sample_every checkpoint_every"
-    )
+    natural += " muon_momentum val_every hellaswag_every hellaswag_examples sample_every"
+    natural += " checkpoint_every gpu_hour_usd"
     for name in natural.split():
         if not 0 <= getattr(c, name) < math.inf:
             raise SettingError(f"{name}={getattr(c, name)}: must be 0 or more and finite")
     if c.seed >= 2**64:
         raise SettingError(f"seed={c.seed}: must be below 2**64")
-    for name in ("beta1", "beta2"):
+    for name in ("beta1", "beta2", "muon_momentum"):
         if getattr(c, name) >= 1:
             raise SettingError(f"{name}={getattr(c, name)}: must be below 1")
+    for name, known in (("optimizer", ("adamw", "muon")), ("schedule", ("cosine", "linear"))):
+        if getattr(c, name) not in known:
+            raise SettingError(f"{name}={getattr(c, name)!r}: must be {' or '.join(known)}")
     if c.min_lr > c.max_lr:
         raise SettingError(f"min_lr={c.min_lr}: above max_lr={c.max_lr}; give both")
     if c.n_embd % c.n_head:
@@ -646,32 +652,98 @@ class TrainingModel(nn.Module):
 # Optimizer and schedule
 
 
-def configure_optimizer(model: nn.Module, config: Config, device_type: str) -> torch.optim.AdamW:
-    """AdamW, fused, with weight decay on the tensors of 2 or more dimensions only."""
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
+class Muon(torch.optim.Muon):
+    """PyTorch's Muon, but a parameter group may say how many matrices each weight holds: `parts`.
+
+    c_attn's are three, those of the queries, keys and values, one above the other.
+    """
+
+    def _init_group(self, group, params, grads, momentum_buffers):
+        result = super()._init_group(group, params, grads, momentum_buffers)
+        for tensors in (params, grads, momentum_buffers):
+            tensors[:] = [part for tensor in tensors for part in tensor.chunk(group["parts"])]
+        return result
+
+
+class MuonAndAdamW:
+    """Two optimizers as one, so far as `train_step`, GradScaler and checkpoints need it."""
+
+    def __init__(self, muon: Muon, adamw: torch.optim.AdamW):
+        self.both = {"muon": muon, "adamw": adamw}
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for optimizer in self.both.values() for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        for optimizer in self.both.values():
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.both.values():
+            optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict:
+        return {name: optimizer.state_dict() for name, optimizer in self.both.items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, optimizer in self.both.items():
+            optimizer.load_state_dict(state[name])
+
+
+def configure_optimizer(model: GPT, config: Config, device_type: str):
+    """AdamW, fused, or `MuonAndAdamW`: Muon has the matrices of the blocks, AdamW what is left.
+
+    Weight decay is for the tensors of 2 or more dimensions only.
+    """
+    matrices = {
+        name: p
+        for name, p in model.named_parameters()
+        if config.optimizer == "muon" and ".h." in name and p.dim() == 2
+    }
+    rest = [p for name, p in model.named_parameters() if name not in matrices]
     groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    adamw = torch.optim.AdamW(
         groups,
         lr=config.max_lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         fused=device_type in ("cuda", "cpu", "mps"),
     )
+    if not matrices:
+        return adamw
+    groups = [
+        {"params": [p for name, p in matrices.items() if "c_attn" in name], "parts": 3},
+        {"params": [p for name, p in matrices.items() if "c_attn" not in name], "parts": 1},
+    ]
+    muon = Muon(
+        groups,
+        lr=config.muon_lr,
+        momentum=config.muon_momentum,
+        weight_decay=config.weight_decay,
+    )
+    return MuonAndAdamW(muon, adamw)
+
+
+def set_lr(optimizer, lr: float, config: Config) -> None:
+    """Sets the learning rate of a step: Muon's is the same part of muon_lr as lr is of max_lr."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * config.muon_lr / config.max_lr if "ns_steps" in group else lr
 
 
 def get_lr(step: int, config: Config) -> float:
-    """The learning rate of a step: linear warm-up, then a cosine from max_lr to min_lr."""
+    """The learning rate of a step: linear warm-up, then `schedule` from max_lr to min_lr."""
     c = config
     if step < c.warmup_steps:
         return c.max_lr * (step + 1) / c.warmup_steps
     if step >= c.max_steps:
         return c.min_lr
     progress = (step - c.warmup_steps) / (c.max_steps - c.warmup_steps)
-    return c.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (c.max_lr - c.min_lr)
+    left = 1 - progress if c.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return c.min_lr + left * (c.max_lr - c.min_lr)
 
 
 def batch_rows(position: int, config: Config) -> int:
@@ -1320,7 +1392,7 @@ class Run:
 
 
 def train_step(run: Run, lr: float, stop_row, check=lambda: None):
-    """One step of the optimizer over all processes, none of whose results the host waits for.
+    """One step of the optimizer over all processes; with AdamW on CUDA the host waits for nothing.
 
     Returns a float32 tensor: mean loss in nats, norm of the gradient before clipping, and the sum
     over the processes of `stop_row`. Where loss or norm is not finite, weights and optimizer stay
@@ -1348,16 +1420,15 @@ def train_step(run: Run, lr: float, stop_row, check=lambda: None):
         loss_sum += loss.detach()
     totals = processes.sum(torch.cat(((loss_sum / tokens)[None], stop_row)))
 
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    set_lr(optimizer, lr, config)
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
     finite = torch.isfinite(norm) & torch.isfinite(totals[0])
     if scaler.is_enabled():
         scaler.step(optimizer)
         scaler.update()
-    elif processes.device.type == "mps":
-        if finite:
+    elif processes.device.type == "mps" or config.optimizer == "muon":
+        if finite:  # the host waits for it: neither has kernels that would leave all as it is
             optimizer.step()
     else:
         # The fused kernels leave parameters and moments alone where this is 1, as they do for
@@ -1526,7 +1597,7 @@ def open_run(config: Config, processes: Processes):
     names = list(DEFINING)
     if config.init_from != "scratch":  # which then says what the shape is
         names = [name for name in names if name not in ("n_layer", "n_head", "n_embd")]
-    facts = run_record.read_facts(log_dir, config.resume, (*DEFINING, "max_steps"))
+    facts = run_record.read_facts(log_dir, config.resume)
     if facts:
         run_record.check_same_run(config, facts["settings"], names, log_dir)
     newest = checkpoint.newest_whole(log_dir, processes.say)

@@ -85,6 +85,17 @@ def test_the_loader_and_the_tokenizers_are_timed():
     assert {"loader", "tiktoken"} <= set(rates) and min(rates.values()) > 0
 
 
+def test_both_optimizers_are_timed(monkeypatch, capsys):
+    program = make("ours")
+    before = program.model.transformer.h[0].mlp.c_fc.weight.detach().clone()
+    assert min(program.optimizers().values()) > 0
+    assert not torch.equal(before, program.model.transformer.h[0].mlp.c_fc.weight)
+    results = [{"adamw": 9, "muon": 9}, {"adamw": 0.1, "muon": 0.3}, {"adamw": 0.2, "muon": 0.5}]
+    monkeypatch.setattr(bench, "turns", lambda *_: {"ours": results})
+    found = bench.bench_optimizer(bench.Config(**TINY), [], {})
+    assert found["muon"]["median"] == pytest.approx(400) and "| muon" in capsys.readouterr().out
+
+
 def test_our_step_is_the_trainers():
     """The weights after a step are those that the textbook's loss and AdamW give."""
     program = make("ours")

@@ -204,6 +204,9 @@ IMPOSSIBLE = [
     (dict(device="cuda:1 "), "device='cuda:1 '", "auto, cpu, cuda, cuda:N or mps"),
     (dict(beta1=1.0), "beta1=1.0", "below 1"),
     (dict(beta2=1.5), "beta2=1.5", "below 1"),
+    (dict(muon_momentum=1.0), "muon_momentum=1.0", "below 1"),
+    (dict(optimizer="sgd"), "optimizer='sgd'", "adamw or muon"),
+    (dict(schedule="constant"), "schedule='constant'", "cosine or linear"),
     (dict(min_lr=1e-3), "min_lr=0.001", "max_lr=0.0006"),
     (dict(max_lr=1e-5), "min_lr=6e-05", "max_lr=1e-05"),
     (dict(max_lr=float("nan")), "max_lr=nan", "above 0"),
@@ -216,12 +219,12 @@ IMPOSSIBLE = [
 ABOVE_0 = (
     "n_layer", "n_head", "n_embd", "T", "total_batch_size", "max_steps", "val_tokens",
     "sample_tokens", "num_samples", "keep_checkpoints", "max_bad_steps", "max_lr", "eps",
-    "timeout_s",
+    "muon_lr", "timeout_s",
 )  # fmt: skip
 NOT_BELOW_0 = (
     "seed", "B", "batch_ramp_tokens", "min_lr", "warmup_steps", "weight_decay", "beta1", "beta2",
-    "grad_clip", "val_every", "hellaswag_every", "hellaswag_examples", "sample_every",
-    "checkpoint_every", "gpu_hour_usd",
+    "grad_clip", "muon_momentum", "val_every", "hellaswag_every", "hellaswag_examples",
+    "sample_every", "checkpoint_every", "gpu_hour_usd",
 )  # fmt: skip
 IMPOSSIBLE += [({name: 0}, f"{name}=0", "above 0") for name in ABOVE_0]
 IMPOSSIBLE += [({name: -1}, f"{name}=-1", "above 0") for name in ABOVE_0]
