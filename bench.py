@@ -25,6 +25,7 @@ import importlib.metadata
 import json
 import math
 import multiprocessing
+import os
 import platform
 import statistics
 import sys
@@ -251,6 +252,49 @@ class Ours(Program):
             found[kind] = (self.clock() - start) / 3
         return found
 
+    def loader(self, steps: int = 20, rows: int = 512, step_s: float = 1.0) -> dict:
+        """What a run on a fast GPU has of the loader, in steps of 512 x 1,024 tokens a second.
+
+        The GPU's work is a pause here; a shard ends in every other step.
+        """
+        with tempfile.TemporaryDirectory() as directory:
+            rng, shards = np.random.default_rng(0), []
+            for i in range(6):
+                path = Path(directory) / f"train_{i}.npy"
+                np.save(path, rng.integers(50257, size=1024 * 2 * rows + 1, dtype=np.uint16))
+                shards.append(path)
+            memory = self.memory_mb()
+            maps = [np.load(path, mmap_mode="r") for path in shards]
+            stream = train_gpt2.TokenStream(maps, [str(path) for path in shards])
+            loader = train_gpt2.DataLoaderLite(stream, 32, 1024, rows_at=lambda position: rows)
+            whole, waited = [], []
+            for _ in range(steps):
+                start = time.perf_counter()
+                loader.next_step()
+                waited.append(time.perf_counter() - start)
+                time.sleep(step_s)
+                whole.append(time.perf_counter() - start)
+            memory = self.memory_mb() - memory
+            loader.pool.shutdown()
+            stream.shards = loader.tokens = None
+        return {
+            "share": statistics.median(waited[1:]) / statistics.median(whole[1:]),
+            "longest": max(whole[1:]) / statistics.median(whole[1:]),
+            "memory_mb": memory,
+        }
+
+    @staticmethod
+    def memory_mb() -> float:
+        """The memory of this process now, in MB; on Linux only."""
+        try:
+            return (
+                int(Path("/proc/self/statm").read_text().split()[1])
+                * os.sysconf("SC_PAGESIZE")
+                / 1e6
+            )
+        except OSError:
+            return math.nan
+
     def data(self) -> dict:
         """Tokens/s of the loader, in steps of B rows; MB/s of the tokenizers."""
         c, found = self.config, {}
@@ -265,7 +309,7 @@ class Ours(Program):
                 loader.next_step()
             found["loader"] = steps * c.B * c.T / (time.perf_counter() - start)
             loader.pool.shutdown()
-            stream.arrays = loader.tokens = None
+            stream.shards = loader.tokens = None
         text = (Path(__file__).parent / "input.txt").read_text(encoding="utf-8")
         for engine in ("tiktoken", "gigatoken"):
             with contextlib.suppress(UserError):
@@ -648,6 +692,11 @@ def bench_data(config: Config, names: list[str], facts: dict) -> dict:
     rows = [[n, f"{r['median']:,.1f}", units[n], f"{r['least']:,.1f} to {r['most']:,.1f}"]
             for n, r in found.items()]  # fmt: skip
     table("Data, one process", ["what", "rate", "unit", "spread"], rows)
+    found["in a run"] = run = turns("loader", ["ours"], config, 1)["ours"][1]
+    title = "The loader in steps of 524,288 tokens a second, with the end of a shard in every other"
+    head = ["waited for, of a step", "longest step / median", "MB"]
+    row = [f"{run['share']:.3%}", f"{run['longest']:.3f}", f"{run['memory_mb']:,.0f}"]
+    table(title, head, [row])
     return found
 
 

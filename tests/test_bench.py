@@ -85,6 +85,14 @@ def test_the_loader_and_the_tokenizers_are_timed():
     assert {"loader", "tiktoken"} <= set(rates) and min(rates.values()) > 0
 
 
+def test_the_loader_is_ahead_of_the_steps():
+    """Shares are of the whole step, and a loader that the step waits for would show."""
+    found = make("ours").loader(steps=8, rows=2, step_s=0.02)
+    assert 0 <= found["share"] < 0.5 and found["longest"] >= 1 and math.isfinite(found["memory_mb"])
+    alone = make("ours").loader(steps=8, rows=64, step_s=0.0)
+    assert alone["share"] > 0.9
+
+
 def test_both_optimizers_are_timed(monkeypatch, capsys):
     program = make("ours")
     before = program.model.transformer.h[0].mlp.c_fc.weight.detach().clone()
