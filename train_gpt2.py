@@ -263,6 +263,68 @@ class KVCache:
         return self.memory[:, :, :, : self.seen].unbind()
 
 
+@functools.cache
+def cpu_flags() -> set[str]:
+    """The words of /proc/cpuinfo, the processor's features among them; none where it is missing."""
+    try:
+        return set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return set()
+
+
+FLASH_IS_SLOW = "avx512_bf16" in cpu_flags() and "amx_bf16" not in cpu_flags()
+QUERIES = 256  # in a block of `BlockwiseAttention`
+
+
+class BlockwiseAttention(torch.autograd.Function):
+    """Causal attention for CPUs that multiply bfloat16 fast, when compiled.
+
+    PyTorch's flash kernel for CPUs multiplies at the rate of float32 where there is no AMX, and
+    takes twice the time. Here a block of queries sees the keys up to its own last one, and its
+    probabilities are kept for the backward pass: B nh T T / 2 numbers in the dtype of q.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        """(B, nh, T, hs) each -> (B, nh, T, hs)."""
+        blocks, scale = q.split(QUERIES, dim=2), q.size(3) ** -0.5
+        ys, ps, end = [], [], 0
+        for q_block in blocks:
+            start, end = end, end + q_block.size(2)
+            s = (q_block * scale @ k[:, :, :end].transpose(2, 3)).float()
+            later = torch.ones(s.shape[2:], dtype=torch.bool, device=q.device).triu(start + 1)
+            p = s.masked_fill(later, -math.inf).softmax(dim=3).to(q.dtype)
+            ys.append(p @ v[:, :, :end])
+            ps.append(p)
+        y = torch.cat(ys, dim=2)
+        ctx.save_for_backward(q, k, v, y, *ps)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        q, k, v, y, *ps = ctx.saved_tensors
+        scale, end = q.size(3) ** -0.5, 0
+        dqs, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
+        mean_dp = (dy.float() * y.float()).sum(dim=3, keepdim=True)  # under the probabilities
+        for p in ps:
+            start, end = end, end + p.size(2)
+            dy_block = dy[:, :, start:end]
+            dp = dy_block @ v[:, :, :end].transpose(2, 3)
+            ds = (p.float() * (dp.float() - mean_dp[:, :, start:end]) * scale).to(q.dtype)
+            dqs.append(ds @ k[:, :, :end])
+            dk[:, :, :end] += ds.transpose(2, 3) @ q[:, :, start:end]
+            dv[:, :, :end] += p.transpose(2, 3) @ dy_block
+        return torch.cat(dqs, dim=2), dk, dv
+
+
+def causal_attention(q, k, v):
+    """Each query's mean of the values up to its own place: (B, nh, T, hs) each -> the same."""
+    if torch.compiler.is_compiling() and FLASH_IS_SLOW and q.size(2) > QUERIES:
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+            return BlockwiseAttention.apply(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
 class CausalSelfAttention(nn.Module):
     """Each position mixes what it and the positions before it offer: (B, T, C) -> (B, T, C)."""
 
@@ -278,8 +340,10 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in (q, k, v))
         if cache is not None:
             k, v = cache.add(k, v)
-        causal = mask is None and k.size(2) == T  # else one token, which sees all before it
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)  # (B, nh, T, hs)
+        if mask is None and k.size(2) == T:
+            y = causal_attention(q, k, v)  # (B, nh, T, hs)
+        else:  # without a mask one token, which sees all before it
+            y = F.scaled_dot_product_attention(q, k, v, mask)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -725,13 +789,9 @@ def configure_optimizer(model: GPT, config: Config, device_type: str):
         momentum=config.muon_momentum,
         weight_decay=config.weight_decay,
     )
+    for group in muon.param_groups:  # on the schedule of max_lr
+        group["lr_scale"] = config.muon_lr / config.max_lr
     return MuonAndAdamW(muon, adamw)
-
-
-def set_lr(optimizer, lr: float, config: Config) -> None:
-    """Sets the learning rate of a step: Muon's is the same part of muon_lr as lr is of max_lr."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * config.muon_lr / config.max_lr if "ns_steps" in group else lr
 
 
 def get_lr(step: int, config: Config) -> float:
@@ -1097,11 +1157,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if modern else torch.float16
     if device.type == "cpu":
         # Without units for it, bfloat16 is many times slower than float32 (pytorch#118499).
-        try:
-            flags = set(Path("/proc/cpuinfo").read_text().split())
-        except OSError:
-            flags = set()
-        return torch.bfloat16 if flags & {"avx512_bf16", "amx_bf16"} else torch.float32
+        fast = cpu_flags() & {"avx512_bf16", "amx_bf16"}
+        return torch.bfloat16 if fast else torch.float32
     return torch.bfloat16
 
 
@@ -1420,7 +1477,8 @@ def train_step(run: Run, lr: float, stop_row, check=lambda: None):
         loss_sum += loss.detach()
     totals = processes.sum(torch.cat(((loss_sum / tokens)[None], stop_row)))
 
-    set_lr(optimizer, lr, config)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1)
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
     finite = torch.isfinite(norm) & torch.isfinite(totals[0])

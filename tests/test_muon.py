@@ -75,16 +75,16 @@ def test_an_update_is_nearly_orthogonal():
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_the_rates_of_both_rise_and_fall_together(schedule):
-    config = train_gpt2.Config(
+def test_the_rates_of_both_rise_and_fall_together(small, schedule):
+    config = small(
         optimizer="muon", schedule=schedule, max_lr=3e-3, min_lr=3e-4, muon_lr=0.04,
         warmup_steps=4, max_steps=20,
     )  # fmt: skip
-    optimizer = train_gpt2.configure_optimizer(make(), config, "cpu")
+    run, _ = train_gpt2.open_run(config, train_gpt2.set_up_processes(config))
     for step, part in ((0, 0.25), (3, 1.0), (4, 1.0), (12, 0.55), (20, 0.1)):
-        train_gpt2.set_lr(optimizer, train_gpt2.get_lr(step, config), config)
+        train_gpt2.train_step(run, train_gpt2.get_lr(step, config), torch.zeros(3))
         for kind, highest in (("muon", 0.04), ("adamw", 3e-3)):
-            rates = [group["lr"] for group in optimizer.both[kind].param_groups]
+            rates = [group["lr"] for group in run.optimizer.both[kind].param_groups]
             assert rates == pytest.approx([highest * part] * 2)
 
 
