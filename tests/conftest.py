@@ -3,6 +3,7 @@
 import functools
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # more only cost at these sizes
+# A shell's background job has SIGINT ignored, which its children would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A run of a second: 4 rows of 32 tokens a step, float32, uncompiled.
 SMALL = dict(

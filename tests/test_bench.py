@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -85,12 +86,22 @@ def test_the_loader_and_the_tokenizers_are_timed():
     assert {"loader", "tiktoken"} <= set(rates) and min(rates.values()) > 0
 
 
-def test_the_loader_is_ahead_of_the_steps():
-    """Shares are of the whole step, and a loader that the step waits for would show."""
-    found = make("ours").loader(steps=8, rows=2, step_s=0.02)
-    assert 0 <= found["share"] < 0.5 and found["longest"] >= 1 and math.isfinite(found["memory_mb"])
-    alone = make("ours").loader(steps=8, rows=64, step_s=0.0)
-    assert alone["share"] > 0.9
+def test_the_wait_for_the_loader_is_told_as_a_share_of_the_step(monkeypatch):
+    """By a clock of the test's: a loader that takes 3 s, once 7, beside work of 1 s."""
+    took, now = iter([9.0, 3.0, 3.0, 7.0, 3.0, 3.0]), [0.0]
+
+    class Loader(train_gpt2.DataLoaderLite):
+        def next_step(self):
+            batch = super().next_step()
+            now[0] += next(took)
+            return batch
+
+    monkeypatch.setattr(train_gpt2, "DataLoaderLite", Loader)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(bench.time, "sleep", lambda s: now.__setitem__(0, now[0] + s))
+    found = make("ours").loader(steps=6, rows=2, step_s=1.0)
+    assert found["share"] == 3 / 4 and found["longest"] == 8 / 4
+    assert math.isfinite(found["memory_mb"])
 
 
 def test_both_optimizers_are_timed(monkeypatch, capsys):
@@ -160,6 +171,7 @@ def run(*arguments, **kwargs) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.faults
 def test_a_table_and_its_figures(tmp_path, peer):
     """Programs in processes of their own; one that fails is named, and the others go on."""
     (peer / "model.py").write_text(PEER.replace("self.wte(idx)", "self.wte(idx + 60000)"))
@@ -175,6 +187,17 @@ def test_a_table_and_its_figures(tmp_path, peer):
     assert f"{ours['median'] / theirs['median']:.2f} x" in done.stdout
     assert found["facts"]["date"] == time.strftime("%Y-%m-%d")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.json", "peer"]
+
+
+def test_the_command_prints_a_table_and_writes_its_figures(tmp_path):
+    path = tmp_path / "out.json"
+    done = run("--only=optimizer", f"--json={path}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(path.read_text())["optimizer"]
+    for name in ("adamw", "muon"):
+        assert 0 < found[name]["least"] <= found[name]["median"] <= found[name]["most"]
+        assert re.search(rf"\| {name} +\| {found[name]['median']:,.1f} +\|", done.stdout)
+    assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
 
 
 def test_the_ladder_is_climbed_and_drawn(tmp_path, monkeypatch):

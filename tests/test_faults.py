@@ -567,6 +567,7 @@ def test_a_stopped_rank_ends_the_job_in_time_and_is_named(whole_of_two, tmp_path
 # Safety
 
 
+@faults
 def test_secrets_stay_where_they_are_and_paths_are_only_paths(small, tmp_path):
     """Tokens of the environment are in no file and no line; names do what they say."""
     secrets = dict(HF_TOKEN="hf_" + "s3cret" * 5, WANDB_API_KEY="k3y" * 13)

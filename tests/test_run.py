@@ -30,18 +30,18 @@ from errors import UserError
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.faults)])
 def test_kill_and_resume_is_bit_identical(small, tmp_path, dtype):
     """kill -9 after a checkpoint, in the second epoch, changes nothing in the end."""
-    settings = dict(
-        dtype=dtype, max_steps=40, checkpoint_every=10, val_every=15, total_batch_size=128, B=2
-    )
+    settings = dict(dtype=dtype, max_steps=30, checkpoint_every=6, val_every=10, B=2)
+    text = Path(small().data).read_text(encoding="utf-8")
+    Path(small().data).write_text(text[:6000], encoding="utf-8")
     whole = small(log_dir=str(tmp_path / "whole"), **settings)
     killed = small(log_dir=str(tmp_path / "killed"), **settings)
     uninterrupted, process = start(whole), start(killed)
-    wait_for_step(killed, 23, process)
+    wait_for_step(killed, 14, process)
     process.kill()
     process.communicate()
     finish(uninterrupted)
     assert "continuing from" in finish(start(killed))
-    assert max(losses(whole)) == 39 and set(losses(whole, "val")) == {0, 15, 30, 40}
+    assert max(losses(whole)) == 29 and set(losses(whole, "val")) == {0, 10, 20, 30}
     assert_same_end(whole, killed)
 
 
@@ -65,12 +65,12 @@ def train_until(config, step: int, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("stop, shuffle", [
-    (3, True), (13, False),
-    pytest.param(10, True, marks=pytest.mark.faults),
-    pytest.param(19, True, marks=pytest.mark.faults),
+    (3, True), (8, False),
+    pytest.param(5, True, marks=pytest.mark.faults),
+    pytest.param(11, True, marks=pytest.mark.faults),
 ])  # fmt: skip
 def test_resume_from_any_step(small, tmp_path, monkeypatch, shuffle, stop):
-    settings = dict(max_steps=20, checkpoint_every=5, val_every=4, shuffle=shuffle)
+    settings = dict(max_steps=12, checkpoint_every=5, val_every=4, shuffle=shuffle)
     whole = small(log_dir=str(tmp_path / "whole"), **settings)
     stopped = small(log_dir=str(tmp_path / "stopped"), **settings)
     train_gpt2.train(whole)
@@ -80,11 +80,11 @@ def test_resume_from_any_step(small, tmp_path, monkeypatch, shuffle, stop):
 
 
 def test_resume_with_another_B(small, tmp_path, monkeypatch):
-    whole = small(log_dir=str(tmp_path / "whole"), max_steps=20, checkpoint_every=10)
+    whole = small(log_dir=str(tmp_path / "whole"), max_steps=10, checkpoint_every=5)
     train_gpt2.train(whole)
-    stopped = small(log_dir=str(tmp_path / "stopped"), max_steps=20, checkpoint_every=10)
-    train_until(stopped, 10, monkeypatch)
-    train_gpt2.train(small(log_dir=stopped.log_dir, max_steps=20, checkpoint_every=10, B=3))
+    stopped = small(log_dir=str(tmp_path / "stopped"), max_steps=10, checkpoint_every=5)
+    train_until(stopped, 5, monkeypatch)
+    train_gpt2.train(small(log_dir=stopped.log_dir, max_steps=10, checkpoint_every=5, B=3))
     assert losses(stopped) == pytest.approx(losses(whole), abs=1e-5)
 
 
@@ -375,11 +375,13 @@ def test_fine_tuning_starts_from_the_given_model(small, tmp_path, capsys):
 
 def test_each_epoch_is_told_once(small, capsys):
     """In the line before the first step that begins in it."""
-    config = small(total_batch_size=48 * 32, B=48, max_steps=9)
+    config = small(total_batch_size=12 * 32, B=12, max_steps=9)
+    text = Path(config.data).read_text(encoding="utf-8")
+    Path(config.data).write_text(text[: len(text) // 4], encoding="utf-8")
     train_gpt2.train(config)
     output = capsys.readouterr().out
     windows = (len(train_gpt2.open_tokens(config.data)[0]) - 1) // 32
-    first = [-(-windows * epoch // 48) for epoch in (1, 2, 3)]
+    first = [-(-windows * epoch // 12) for epoch in (1, 2, 3)]
     told = [
         f"step {step:5d} | epoch {epoch} of the data"
         for step, epoch in zip(first, (2, 3, 4))
