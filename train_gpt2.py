@@ -22,6 +22,7 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -724,15 +725,39 @@ class TrainingModel(nn.Module):
 
 
 class Muon(torch.optim.Muon):
-    """PyTorch's Muon, but a parameter group may say how many matrices each weight holds: `parts`.
+    """PyTorch's Muon, but several matrices may stand in one weight, and the processes share them.
 
-    c_attn's are three, those of the queries, keys and values, one above the other.
+    A parameter group says how many matrices its weights hold, one above the other: `parts`. Each
+    process orthogonalizes a share of all matrices and has the rest from the others; every process
+    has every momentum, which costs little and is the same in all.
     """
 
-    def _init_group(self, group, params, grads, momentum_buffers):
-        result = super()._init_group(group, params, grads, momentum_buffers)
-        for tensors in (params, grads, momentum_buffers):
-            tensors[:] = [part for tensor in tensors for part in tensor.chunk(group["parts"])]
+    @torch.no_grad()
+    def step(self) -> None:
+        self.matrices = []
+        super().step()
+        if dist.is_initialized():
+            owners = itertools.cycle(range(dist.get_world_size()))
+            sent = [dist.broadcast(m, next(owners), async_op=True) for m in self.matrices]
+            for work in sent:
+                work.wait()
+
+    def _init_group(self, group, params, grads, momenta):
+        result = super()._init_group(group, params, grads, momenta)
+        lists = params, grads, momenta
+        split = [[part for t in tensors for part in t.chunk(group["parts"])] for tensors in lists]
+        for tensors in lists:
+            tensors.clear()
+        rank, world_size = 0, 1
+        if dist.is_initialized():
+            rank, world_size = dist.get_rank(), dist.get_world_size()
+        for matrix, grad, momentum in zip(*split):
+            if len(self.matrices) % world_size == rank:
+                for tensors, tensor in zip(lists, (matrix, grad, momentum)):
+                    tensors.append(tensor)
+            else:  # another process's
+                momentum.lerp_(grad, 1 - group["momentum"])
+            self.matrices.append(matrix)
         return result
 
 
@@ -786,9 +811,10 @@ def configure_optimizer(model: GPT, config: Config, device_type: str):
     )
     if not matrices:
         return adamw
-    groups = [
-        {"params": [p for name, p in matrices.items() if "c_attn" in name], "parts": 3},
-        {"params": [p for name, p in matrices.items() if "c_attn" not in name], "parts": 1},
+    groups = [  # the MLP's are larger: first, so that processes that take turns have alike much
+        {"params": [p for name, p in matrices.items() if ".mlp." in name], "parts": 1},
+        {"params": [p for name, p in matrices.items() if "attn.c_proj" in name], "parts": 1},
+        {"params": [p for name, p in matrices.items() if "attn.c_attn" in name], "parts": 3},
     ]
     muon = Muon(
         groups,
