@@ -1703,6 +1703,7 @@ def open_run(config: Config, processes: Processes):
     train_tokens, val_tokens = open_tokens(config.data)
     check_enough(config, train_tokens, val_tokens)
     check_shards(config, processes)
+    tokenizer.load_ranks()  # checkpoints have it in them: what is wrong with it is told now
     for earlier in filter(None, (facts, state)):
         run_record.check_same_run(config, earlier["settings"], names, log_dir)
         run_record.check_same_data(config.data, train_tokens.fingerprint, earlier["data"], log_dir)

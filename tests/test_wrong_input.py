@@ -22,6 +22,7 @@ from conftest import ROOT, SMALL, environment, limit_files, losses, run_trainer
 
 import checkpoint
 import errors
+import tokenizer
 import train_gpt2
 
 TEXT = (ROOT / "input.txt").read_text(encoding="utf-8")[:16000]
@@ -230,6 +231,14 @@ def test_good_shards_are_accepted(write, suffix, small, tmp_path):
     """What the cases above change is good before."""
     data = shards(tmp_path / "d", write=write, suffix=suffix)
     assert train_gpt2.train(small(data=str(data), val_every=1, max_steps=1)) == 0
+
+
+def test_a_missing_tokenizer_is_told_before_the_first_step(small, tmp_path, monkeypatch, capsys):
+    """Shards need none of it, but the checkpoint does, hours later."""
+    config = small(data=str(shards(tmp_path / "d")))
+    monkeypatch.setattr(tokenizer, "RANKS", tmp_path / "gone.tiktoken")
+    tokenizer.load_ranks.cache_clear()
+    assert_refused(config, capsys, "gone.tiktoken", "restore it from the repository")
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".bin"])
