@@ -1,5 +1,6 @@
 """Whole runs: exact resume, signals, bad numbers, compilation."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -208,17 +209,25 @@ def spoil_gradients(monkeypatch, steps, value=float("nan")):
     monkeypatch.setattr(train_gpt2.HeadLoss, "backward", staticmethod(backward))
 
 
-def test_a_nan_gradient_skips_the_update(small, monkeypatch, capsys):
-    """Weights and moments stay as they were, bit for bit, and the next step trains."""
-    config = small(max_steps=8, checkpoint_every=1, keep_checkpoints=8)
+def train_past_a_nan(config, monkeypatch, capsys) -> list[dict]:
+    """The optimizer's states before and after a step with a gradient of NaN, and a step later.
+
+    The weights must have stayed, and then moved.
+    """
+    config = dataclasses.replace(config, max_steps=8, checkpoint_every=1, keep_checkpoints=8)
     spoil_gradients(monkeypatch, {5})
     train_gpt2.train(config)
     assert "step 5: loss" in capsys.readouterr().out
-    states = [Path(config.log_dir) / f"step_{step:05d}" for step in (5, 6, 7)]
-    before, bad, after = (torch.load(path / "train_state.pt")["optimizer"] for path in states)
-    weights = [(path / "model.safetensors").read_bytes() for path in states]
-    assert_same_tensors(before["state"], bad["state"])
+    paths = [Path(config.log_dir) / f"step_{step:05d}" for step in (5, 6, 7)]
+    weights = [(path / "model.safetensors").read_bytes() for path in paths]
     assert weights[0] == weights[1] != weights[2]
+    return [torch.load(path / "train_state.pt")["optimizer"] for path in paths]
+
+
+def test_a_nan_gradient_skips_the_update(small, monkeypatch, capsys):
+    """Weights and moments stay as they were, bit for bit, and the next step trains."""
+    before, bad, after = train_past_a_nan(small(), monkeypatch, capsys)
+    assert_same_tensors(before["state"], bad["state"])
     assert after["state"][0]["step"] == before["state"][0]["step"] + 1
     assert all(torch.isfinite(s["exp_avg"]).all() for s in after["state"].values())
 
