@@ -200,6 +200,23 @@ def test_the_command_prints_a_table_and_writes_its_figures(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
 
 
+def test_a_step_is_compared_with_the_fastest_product_before_and_after_it(monkeypatch, capsys):
+    """1e9 FLOP/s before and 4e9 after: a step of 1e9 is a quarter of what the machine can."""
+    config, facts = bench.Config(**TINY), {"peak_flops": None, "dtype": "float32"}
+    flops = 2 * 32 * bench.flops_per_token(config)
+    rates = iter([1e9, 4e9])
+    step = {"seconds": flops / 1e9, "parts": {}, "peak_mb": 1.0, "wall": 1.0}
+    results = {
+        "train": lambda: {"ours": [step] * 2},
+        "matmul": lambda: {"ours": [{"flops": next(rates)}]},
+    }
+    monkeypatch.setattr(bench, "turns", lambda part, *_: results[part]())
+    assert bench.bench_matmul(config, ["ours"], facts)["measured"] == 1e9
+    found = bench.bench_train(config, ["ours"], facts)
+    assert found["ours"]["of_measured_matmul"] == pytest.approx(0.25)
+    assert "25 %" in capsys.readouterr().out
+
+
 def test_the_ladder_is_climbed_and_drawn(tmp_path, monkeypatch):
     """On a CPU: TF32 is named as lacking, every other rung has its figures, and a bar."""
     monkeypatch.setattr(bench, "RUNGS", {name: bench.RUNGS[name] for name in ("float32", "TF32")})
