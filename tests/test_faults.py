@@ -259,7 +259,9 @@ EVALUATIONS = {  # settings, and how many evaluations come before that of step 4
 }
 
 
-@pytest.mark.parametrize("kind", EVALUATIONS)
+@pytest.mark.parametrize(
+    "kind", ["validation", *(pytest.param(k, marks=faults) for k in ("HellaSwag", "samples"))]
+)
 def test_a_signal_does_not_wait_for_an_evaluation(small, tmp_path, monkeypatch, capsys, kind):
     """The steps so far are saved; continued, the run evaluates there as if never stopped."""
     settings, before = EVALUATIONS[kind]

@@ -948,8 +948,8 @@ def check_unfinished(out: Path, expected: dict[str, bytes]) -> None:
             assert expected[shard["file"]][tokens].startswith(held)
 
 
-@pytest.mark.parametrize("most", [3, pytest.param(25, marks=pytest.mark.faults)])
-def test_kills_at_random_instants(mixed, tmp_path, most):
+@pytest.mark.faults
+def test_kills_at_random_instants(mixed, tmp_path):
     """Each of the main process alone, by SIGKILL; its workers end by themselves."""
     choose, kills, out = random.Random(0), 0, tmp_path / "out"
     expected, methods = mixed.shards(SHARD), ("fork", "spawn", "fork", "forkserver")
@@ -958,7 +958,7 @@ def test_kills_at_random_instants(mixed, tmp_path, most):
     run(mixed.path, out, method="fork", **settings)
     whole_s = time.monotonic() - begin
     shutil.rmtree(out)
-    while kills < most:
+    while kills < 25:
         method, workers = methods[kills % 4], choose.choice((1, 2))
         process = start(mixed.path, out, method=method, workers=workers, **settings)
         try:

@@ -1106,6 +1106,7 @@ def test_a_text_goes_from_shell_to_training_from_any_directory(tmp_path):
         assert path.is_dir() or SECRET.encode() not in path.read_bytes(), path
 
 
+@pytest.mark.faults
 def test_two_processes_share_the_check_and_both_end(data):
     """The altered shard is in the part of the second one; the first one ends as it does."""
     flip(data / SECOND)

@@ -636,6 +636,7 @@ def test_listing_overcomes_429_and_5xx(waiting):
     assert "HTTP 429" in done.err  # said, so that nobody wonders
 
 
+@pytest.mark.faults
 def test_a_silence_while_listing_does_not_last_for_ever(hub, tmp_path):
     hub.publish(FINEWEB_EDU, sample_10bt())
     answered = threading.Event()
@@ -679,6 +680,7 @@ def test_an_address_that_expired_is_asked_for_anew(hub, tmp_path):
     assert len(hub.asked("^HEAD .*train.parquet")) == 2
 
 
+@pytest.mark.faults
 def test_a_failure_of_xet_storage_is_overcome(hub, tmp_path):
     """Where the Hub keeps large files; its client says everything by a RuntimeError."""
     pytest.importorskip("hf_xet")

@@ -49,6 +49,7 @@ def logged(config) -> dict[str, dict[int, float]]:
     return {stream: losses(config, stream) for stream in ("train", "val")}
 
 
+@pytest.mark.faults
 def test_tensorboard_holds_each_value_once_across_a_kill(small):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
