@@ -1080,6 +1080,7 @@ def test_the_epochs_told_agree_with_the_manifest(tmp_path, capsys):
     assert [f"epoch {n} of the data" in out for n in (1, 2, 3, 4)] == [False, True, True, False]
 
 
+@pytest.mark.faults
 def test_a_text_goes_from_shell_to_training_from_any_directory(tmp_path):
     """And no file of it holds the token that was in the environment all the while."""
     for name in ("texts", "elsewhere"):
