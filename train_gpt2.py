@@ -140,11 +140,11 @@ RECIPES = {
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, max_lr=3e-4, min_lr=3e-5),
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, max_lr=2.5e-4, min_lr=2.5e-5),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4, min_lr=2e-5),
-    # GPT-2 124M by Muon in a third of the tokens. A small model needed half of what AdamW needs at
-    # its best rate (BENCHMARKS.md), which by modded-nanogpt's records is half of what it needs at
-    # the default's. muon_lr, momentum, beta2, schedule and warm-up (5 %) are the small model's
-    # best; max_lr, here of embeddings, norms and biases, is that of modded-nanogpt's first run
-    # with Muon, whose head was tied too. Not measured at this size yet.
+    # GPT-2 124M by Muon in a third of the tokens. A small model needed about half of what a
+    # tuned AdamW needs (BENCHMARKS.md), which by modded-nanogpt's records is half of what it needs
+    # at the default's rate. muon_lr, momentum, beta2, schedule and warm-up (5 %) are the small
+    # model's best; max_lr, here of embeddings, norms and biases, is that of modded-nanogpt's first
+    # run with Muon, whose head was tied too. Not measured at this size yet.
     "speedrun": dict(
         optimizer="muon", muon_lr=0.02, muon_momentum=0.9, beta2=0.99, max_lr=3.6e-3, min_lr=3.6e-4,
         warmup_steps=318, max_steps=6358,
