@@ -40,12 +40,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import command_line
 import hellaswag
-import quantize
-import tokenizer
 import train_gpt2
-from errors import SettingError, UserError, run_main
+from support import cli, quantize, tokenizer
+from support.errors import SettingError, UserError, run_main
 
 PARTS = ("matmul", "train", "hellaswag", "sample", "optimizer", "data")
 
@@ -817,7 +815,7 @@ def check(config: Config) -> list[str]:
     parts = list(PARTS) if config.only == "all" else config.only.split(",")
     for part in parts:
         if part not in PARTS:
-            raise SettingError(f"only={config.only!r}: {command_line.closest(part, PARTS)}")
+            raise SettingError(f"only={config.only!r}: {cli.closest(part, PARTS)}")
     for name in ("rounds", "T", "n_layer", "n_head", "n_embd"):
         if getattr(config, name) < 1:
             raise SettingError(f"{name}={getattr(config, name)}: must be at least 1")
@@ -834,7 +832,7 @@ def check(config: Config) -> list[str]:
 
 
 def main() -> int:
-    config = command_line.parse(Config, {}, sys.argv[1:], "How fast GPT-2 is on this machine.")
+    config = cli.parse(Config, {}, sys.argv[1:], "How fast GPT-2 is on this machine.")
     parts = check(config)
     device = train_gpt2.pick_device(config.device, 0)
     dtype = train_gpt2.pick_dtype(config.dtype, device)

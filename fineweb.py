@@ -43,12 +43,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-import command_line
-import hub
-import text_sources
-import tokenizer
-from errors import SettingError, UserError, run_main
-from token_shards import Counts, Place, Record, no_room
+from support import cli, hub, text_files, tokenizer
+from support.errors import SettingError, UserError, run_main
+from support.token_shards import Counts, Place, Record, no_room
 
 # -------------------------------------------------------------------------------------------------
 # Settings: edit the defaults here, or give --name=value
@@ -187,7 +184,7 @@ def open_sources(config: Config, launch: Launch, local: list[Path] | None, recor
             raise not_installed(error) from None
     if local is None and not known:
         commit, files = hub.list_files(config.source, config.name, record.commit_of_others, say)
-        if unknown := [f["file"] for f in files if not text_sources.format_of(f["file"])]:
+        if unknown := [f["file"] for f in files if not text_files.format_of(f["file"])]:
             raise UserError(
                 f"source={config.source!r}: {unknown[0]} is of no known kind; choose a dataset of "
                 "parquet, jsonl or txt files"
@@ -195,13 +192,13 @@ def open_sources(config: Config, launch: Launch, local: list[Path] | None, recor
         record.begin(share_of(files, launch), names_hash(f["file"] for f in files), commit)
     elif local is not None:
         share = share_of(local, launch)
-        sources, names = list(map(text_sources.describe_local, share)), names_hash(local)
+        sources, names = list(map(text_files.describe_local, share)), names_hash(local)
         if known:
             record.check_sources(sources, names)
         else:
             for file in share:  # so that what is wrong with one is known before hours of work
-                if text_sources.format_of(file.name)[0] == "parquet":
-                    text_sources.open_parquet(file, config.text_column).close()
+                if text_files.format_of(file.name)[0] == "parquet":
+                    text_files.open_parquet(file, config.text_column).close()
             record.begin(sources, names, None)
         return LocalFiles(share)
     facts, directory = record.facts, record.directory / f".downloads_{launch.rank:05d}"
@@ -221,7 +218,7 @@ def all_pieces(files, count: int, place: Place, config: Config):
             yield None
         start = place.start if index == place.file else 0
         path = files.get(index)
-        yield from text_sources.pieces_of(path, index, start, config.text_column, config.separator)
+        yield from text_files.pieces_of(path, index, start, config.text_column, config.separator)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -391,7 +388,7 @@ def tell_size(record: Record, files, config: Config, say) -> float:
     size, fetches = sum(source["bytes"] for source in sources), not isinstance(files, LocalFiles)
     expected = size * HUB_TOKENS_PER_BYTE
     if not fetches:
-        texts = (text_sources.text_bytes(file, config.text_column) for file in files.files)
+        texts = (text_files.text_bytes(file, config.text_column) for file in files.files)
         expected = sum(texts) * TEXT_TOKENS_PER_BYTE
     needed = max(0.0, 2 * (expected - record.tokens))
     if expected < 2 * config.shard_size and not config.val_tokens:
@@ -483,9 +480,9 @@ def build(config: Config, launch: Launch) -> int:
         print(rank + line, file=sys.stderr, flush=True)
 
     start, out = time.monotonic(), Path(config.out)
-    local = text_sources.find_local(config.source, out, say)
+    local = text_files.find_local(config.source, out, say)
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", config.source)
-    if local is None and (not on_hub or text_sources.format_of(config.source)):
+    if local is None and (not on_hub or text_files.format_of(config.source)):
         raise UserError(
             f"source={config.source!r}: no such file or directory, and no dataset on the Hub, "
             "which would be OWNER/NAME"
@@ -527,7 +524,7 @@ def build(config: Config, launch: Launch) -> int:
 
 def main() -> int:
     description = "Turns text into shards of GPT-2 tokens. All settings, with their defaults:"
-    config = command_line.parse(Config, {}, sys.argv[1:], description)
+    config = cli.parse(Config, {}, sys.argv[1:], description)
     return build(check_config(config), find_launch())
 
 

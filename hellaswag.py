@@ -39,10 +39,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-import huggingface
-import tokenizer
-from command_line import Parser
-from errors import SettingError, UserError, run_main
+from support import huggingface, tokenizer
+from support.cli import Parser
+from support.errors import SettingError, UserError, run_main
 
 STYLES = ("completion", "harness", "choice")
 FOLDER = Path(__file__).resolve().parent / "hellaswag"
@@ -506,8 +505,8 @@ def score_style(model, examples: list[dict], style: str, processes, out) -> Scor
 
 
 def main() -> int:
-    import quantize
     import train_gpt2
+    from support import quantize
 
     options = parse(sys.argv[1:])
     train_gpt2.check_system(options)

@@ -27,9 +27,9 @@ from pathlib import Path
 
 import numpy as np
 
-import checkpoint
-from command_line import Parser
-from errors import SettingError, UserError, run_main
+from support import checkpoint
+from support.cli import Parser
+from support.errors import SettingError, UserError, run_main
 
 # Published results, (label, value). The loss is OpenAI's GPT-2 124M on FineWeb-Edu's validation
 # shard as build-nanogpt publishes it (play.ipynb), and means nothing on another text.

@@ -23,13 +23,9 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import command_line
-import huggingface
-import quantize
-import tokenizer
 import train_gpt2
-from errors import SettingError, UserError, run_main
+from support import checkpoint, cli, huggingface, quantize, tokenizer
+from support.errors import SettingError, UserError, run_main
 
 # -------------------------------------------------------------------------------------------------
 # Settings: edit the defaults here, or give --name=value
@@ -225,7 +221,7 @@ def write(*parts: str) -> None:
 
 
 def main() -> int:
-    config = command_line.parse(Config, {}, sys.argv[1:], "Text from GPT-2 models.")
+    config = cli.parse(Config, {}, sys.argv[1:], "Text from GPT-2 models.")
     check(config)
     prompt = encode_prompt(config)
     found = find_models(config, prompt)

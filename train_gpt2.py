@@ -43,18 +43,20 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import checkpoint
-import command_line
 import hellaswag
-import huggingface
-import process_group
-import run_record
-import token_shards
-import tokenizer
-import trackers
-from errors import SettingError, UserError, run_main
-from run_record import Curves, Progress, RunLog
-from stop_signals import Stopped, StopSignals
+from support import (
+    checkpoint,
+    cli,
+    distributed,
+    huggingface,
+    run_log,
+    token_shards,
+    tokenizer,
+    trackers,
+)
+from support.errors import SettingError, UserError, run_main
+from support.run_log import Curves, Progress, RunLog
+from support.stop_signals import Stopped, StopSignals
 
 # -------------------------------------------------------------------------------------------------
 # Settings: edit the defaults here, or give --name=value
@@ -1216,7 +1218,7 @@ def set_up_processes(config: Config) -> Processes:
     if device.type == "mps" and world_size > 1:
         raise SettingError("device='mps': one process only; start several with --device=cpu")
     if world_size > 1 and not dist.is_initialized():
-        process_group.join(rank, world_size, device, config.timeout_s)
+        distributed.join(rank, world_size, device, config.timeout_s)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     elif device.type == "cpu":
@@ -1690,9 +1692,9 @@ def open_run(config: Config, processes: Processes):
     names = list(DEFINING)
     if config.init_from != "scratch":  # which then says what the shape is
         names = [name for name in names if name not in ("n_layer", "n_head", "n_embd")]
-    facts = run_record.read_facts(log_dir, config.resume)
+    facts = run_log.read_facts(log_dir, config.resume)
     if facts:
-        run_record.check_same_run(config, facts["settings"], names, log_dir)
+        run_log.check_same_run(config, facts["settings"], names, log_dir)
     newest = checkpoint.newest_whole(log_dir, processes.say)
     whole_end = newest == log_dir / f"step_{config.max_steps:05d}"
     if facts.get("finished_step") == config.max_steps and whole_end:
@@ -1707,8 +1709,8 @@ def open_run(config: Config, processes: Processes):
     check_shards(config, processes)
     tokenizer.load_ranks()  # checkpoints have it in them: what is wrong with it is told now
     for earlier in filter(None, (facts, state)):
-        run_record.check_same_run(config, earlier["settings"], names, log_dir)
-        run_record.check_same_data(config.data, train_tokens.fingerprint, earlier["data"], log_dir)
+        run_log.check_same_run(config, earlier["settings"], names, log_dir)
+        run_log.check_same_data(config.data, train_tokens.fingerprint, earlier["data"], log_dir)
     step = state["step"] if state else 0
     steps = processes.sum(torch.tensor(float(step), device=processes.device))
     if steps != step * processes.world_size:
@@ -1723,7 +1725,7 @@ def open_run(config: Config, processes: Processes):
         run.step = run.saved_step = step
     tell_set_up(run, val_loader, newest, facts)
     if processes.rank == 0:
-        run_record.write_facts(log_dir, facts_of_run(run))
+        run_log.write_facts(log_dir, facts_of_run(run))
         told = {at for at, stream, _ in run.log.read() if stream == "train"}
         run.log.cut(step)
         run.progress.cut(step)
@@ -1786,7 +1788,7 @@ def restore(run: Run, state: dict) -> None:
 def facts_of_run(run: Run) -> dict:
     """The content of `run.json`."""
     device = run.processes.device
-    return run_record.facts_of(
+    return run_log.facts_of(
         run.config,
         data=run.loader.tokens.fingerprint,
         train_tokens=len(run.loader.tokens),
@@ -1842,13 +1844,13 @@ def train(config: Config) -> int:
                 except Stopped as stopped:
                     return stop(run, report, stopped)
     except RuntimeError as error:
-        process_group.raise_if_lost(error)
+        distributed.raise_if_lost(error)
         raise
 
     if processes.rank == 0:
         prune(run)  # what a kill just before the end left
         finished = {"finished_step": run.step, "val_loss": val_loss}
-        run_record.write_facts(Path(config.log_dir), facts_of_run(run) | finished)
+        run_log.write_facts(Path(config.log_dir), facts_of_run(run) | finished)
     processes.say(
         f"finished: {Path(config.log_dir, f'step_{run.step:05d}')} is a Hugging Face model"
     )
@@ -1947,7 +1949,7 @@ def is_due(every: int, step: int) -> bool:
 
 def parse_config(arguments: list[str]) -> Config:
     """The settings of a command line, `[recipe] [--name=value ...]`, found consistent."""
-    config = command_line.parse(Config, RECIPES, arguments, __doc__.split("\n")[0])
+    config = cli.parse(Config, RECIPES, arguments, __doc__.split("\n")[0])
     check_config(config)
     return config
 

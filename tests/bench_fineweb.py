@@ -24,8 +24,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import text_sources  # noqa: E402
 import tokenizer  # noqa: E402
+
+from support import text_files  # noqa: E402
 
 SHARD = 10_000_000
 
@@ -33,7 +34,7 @@ SHARD = 10_000_000
 def read_texts(files: list[Path]) -> list[str]:
     texts = []
     for number, file in enumerate(files):
-        for piece in text_sources.pieces_of(file, number, 0, "text", ""):
+        for piece in text_files.pieces_of(file, number, 0, "text", ""):
             function, *arguments = piece.read
             texts += function(*arguments).texts
     return texts

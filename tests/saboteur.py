@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gpt2
-from errors import run_main
+from support.errors import run_main
 
 RANK = int(os.environ.get("RANK", 0))
 

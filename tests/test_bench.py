@@ -13,7 +13,7 @@ from conftest import ROOT, environment
 
 import bench
 import train_gpt2
-from errors import SettingError, UserError
+from support.errors import SettingError, UserError
 
 TINY = dict(n_layer=1, n_head=2, n_embd=16, T=32, B=2, rounds=1, dtype="float32", device="cpu")
 CPU = torch.device("cpu")

@@ -12,11 +12,10 @@ import pytest
 import torch
 from conftest import losses
 
-import checkpoint
-import tokenizer
 import train_gpt2
-from errors import UserError
-from run_record import RunLog
+from support import checkpoint, tokenizer
+from support.errors import UserError
+from support.run_log import RunLog
 
 FILES = {"a.bin": b"0123456789" * 1000, "b.txt": b"words\n"}
 

@@ -10,9 +10,9 @@ import sys
 import pytest
 import torch
 
-import errors
 import train_gpt2
-from errors import UserError
+from support import errors
+from support.errors import UserError
 from train_gpt2 import RECIPES, Config, check_config, parse_config
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}

@@ -15,9 +15,9 @@ import torch
 from conftest import ROOT
 from torch.nn import functional as F
 
-import tokenizer
 import train_gpt2
-from errors import SettingError, UserError
+from support import tokenizer
+from support.errors import SettingError, UserError
 from train_gpt2 import (
     IGNORE,
     Config,

@@ -34,9 +34,9 @@ from conftest import (
     wait_for_step,
 )  # fmt: skip
 
-import checkpoint
 import train_gpt2
-from errors import UserError
+from support import checkpoint
+from support.errors import UserError
 
 faults = pytest.mark.faults
 

@@ -34,11 +34,9 @@ from conftest import ROOT, environment
 from filelock import FileLock
 
 import fineweb
-import text_sources
-import token_shards
-import tokenizer
 import train_gpt2
-from errors import SettingError, UserError
+from support import text_files, token_shards, tokenizer
+from support.errors import SettingError, UserError
 
 # -------------------------------------------------------------------------------------------------
 # The oracle
@@ -249,14 +247,14 @@ method, changes = json.loads(sys.argv[1])
 if method:
     fineweb.START_METHOD = method
 for name, value in changes.items():
-    module, constant = name.split(".")
+    module, constant = name.rsplit(".", 1)
     setattr(importlib.import_module(module), constant, value)
 patient = filelock.FileLock
 filelock.FileLock = lambda path, timeout: patient(path, timeout=min(timeout, LOCK_S))
 sys.argv[1:] = sys.argv[2:]
 """.replace("LOCK_S", "10")
 RUN = "fineweb.run_main(fineweb.main)\n"
-SMALL_PIECES = {"text_sources.PIECE": 700, "text_sources.LARGE_GROUP": 1000}
+SMALL_PIECES = {"support.text_files.PIECE": 700, "support.text_files.LARGE_GROUP": 1000}
 SLOW = SMALL_PIECES | {"fineweb.SAVE_S": 0.01}  # records its place after almost every piece
 
 
@@ -349,7 +347,7 @@ VARIANTS = {
     "two workers, spawn": dict(workers=2, method="spawn", changes=SMALL_PIECES),
     "five workers, fork": dict(workers=5, method="fork", changes=SMALL_PIECES),
     "two workers, forkserver": dict(workers=2, method="forkserver", changes=SLOW),
-    "tiktoken": dict(engine="tiktoken", method="fork", changes={"text_sources.PIECE": 64}),
+    "tiktoken": dict(engine="tiktoken", method="fork", changes={"support.text_files.PIECE": 64}),
 }
 
 
@@ -434,7 +432,7 @@ def test_a_parquet_column_of_any_kind_of_text(tmp_path, kind):
     else:
         write_parquet(tmp_path / "a.parquet", documents, kind)
     texts, replaced = [], 0
-    for piece in text_sources.pieces_of(tmp_path / "a.parquet", 0, 0, "text", ""):
+    for piece in text_files.pieces_of(tmp_path / "a.parquet", 0, 0, "text", ""):
         function, *arguments = piece.read
         found = function(*arguments)
         texts += found.texts
@@ -450,8 +448,8 @@ def test_a_row_group_in_parts_gives_the_same_rows(tmp_path, monkeypatch, group):
     documents = [b"%d" % i * (i % 7) for i in range(2600 if group > 10 else 25)]
     write_parquet(tmp_path / "a.parquet", documents, group=group)
     for size in (1, 50, 3000, 10**6):
-        monkeypatch.setattr(text_sources, "LARGE_GROUP", size)
-        pieces = list(text_sources.pieces_of(tmp_path / "a.parquet", 5, 0, "text", ""))
+        monkeypatch.setattr(text_files, "LARGE_GROUP", size)
+        pieces = list(text_files.pieces_of(tmp_path / "a.parquet", 5, 0, "text", ""))
         rows, stops = [], [0]
         for piece in pieces:
             function, *arguments = piece.read
@@ -460,9 +458,9 @@ def test_a_row_group_in_parts_gives_the_same_rows(tmp_path, monkeypatch, group):
             stops.append(piece.stop)
             assert piece.done == piece.stop / len(documents)
         assert rows == texts_of(documents)
-        assert len(pieces) <= text_sources.MOST_PARTS * -(-len(documents) // group)
+        assert len(pieces) <= text_files.MOST_PARTS * -(-len(documents) // group)
         for i, stop in enumerate(stops):
-            assert [*text_sources.pieces_of(tmp_path / "a.parquet", 5, stop, "text", "")] == pieces[
+            assert [*text_files.pieces_of(tmp_path / "a.parquet", 5, stop, "text", "")] == pieces[
                 i:
             ]
 
@@ -470,7 +468,7 @@ def test_a_row_group_in_parts_gives_the_same_rows(tmp_path, monkeypatch, group):
 def test_a_column_is_found_by_its_whole_name(tmp_path):
     table = {"text.html": ["no"], "body": ["yes"], "body.raw": ["no"], "text": ["no"]}
     pq.write_table(pa.table(table), tmp_path / "a.parquet")
-    (piece,) = text_sources.pieces_of(tmp_path / "a.parquet", 0, 0, "body", "")
+    (piece,) = text_files.pieces_of(tmp_path / "a.parquet", 0, 0, "body", "")
     function, *arguments = piece.read
     assert function(*arguments).texts == ["yes"]
 
@@ -499,7 +497,7 @@ def test_cuts_change_nothing(tmp_path, monkeypatch, engine, separator):
     several = 0
     for seed in range(60):
         choose = random.Random(f"{separator} {seed}")
-        monkeypatch.setattr(text_sources, "PIECE", choose.randint(7, 200))
+        monkeypatch.setattr(text_files, "PIECE", choose.randint(7, 200))
         letters = choose.sample(ALPHABET, choose.choice([2, 5, len(ALPHABET)])) + [b"a", b"\n"]
         letters += [(separator or "").encode()] * 2
         parts = choose.choices(letters, k=choose.choice([0, 1, 10, 300]))
@@ -513,7 +511,7 @@ def test_cuts_change_nothing(tmp_path, monkeypatch, engine, separator):
             if mark := separator.encode():
                 documents = [part for part in documents[0].split(mark) if part]
         arguments = ("text", separator or "")
-        pieces = list(text_sources.pieces_of(path, 0, 0, *arguments))
+        pieces = list(text_files.pieces_of(path, 0, 0, *arguments))
         results = [fineweb.tokenize(piece.read) for piece in pieces]
         tokens = np.concatenate([tokens for tokens, _ in results])
         assert np.array_equal(tokens, tokens_of(texts_of(documents))), (seed, pieces)
@@ -522,7 +520,7 @@ def test_cuts_change_nothing(tmp_path, monkeypatch, engine, separator):
         assert all(0 <= piece.done <= 1 for piece in pieces)
         several += len(pieces) > 2
         for i, piece in enumerate(pieces):
-            rest = text_sources.pieces_of(path, 0, piece.stop, *arguments)
+            rest = text_files.pieces_of(path, 0, piece.stop, *arguments)
             assert [(later.start, later.stop, later.read) for later in rest] == [
                 (later.start, later.stop, later.read) for later in pieces[i + 1 :]
             ], (seed, piece)
@@ -532,16 +530,16 @@ def test_cuts_change_nothing(tmp_path, monkeypatch, engine, separator):
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", "\n\n", "\r\n\r\n", " \n"])
 def test_a_long_text_is_cut_whatever_ends_its_lines(tmp_path, monkeypatch, line_end):
     """So that memory stays bounded and the workers share it."""
-    monkeypatch.setattr(text_sources, "PIECE", 1000)
+    monkeypatch.setattr(text_files, "PIECE", 1000)
     (tmp_path / "a.txt").write_bytes(line_end.join(["A line of some words."] * 1000).encode())
-    pieces = list(text_sources.pieces_of(tmp_path / "a.txt", 0, 0, "text", ""))
+    pieces = list(text_files.pieces_of(tmp_path / "a.txt", 0, 0, "text", ""))
     assert max(piece.stop - piece.start for piece in pieces) <= 2000
 
 
 def test_lone_surrogates_of_json_become_replacement_characters(tmp_path, engine):
     lines = [r'{"text": "\ud800 x \udc00\ud83d"}', r'{"text": "\ud83d\ude00\ud83d"}', ""]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    (piece,) = text_sources.pieces_of(tmp_path / "a.jsonl", 0, 0, "text", "")
+    (piece,) = text_files.pieces_of(tmp_path / "a.jsonl", 0, 0, "text", "")
     tokens, _ = fineweb.tokenize(piece.read)
     assert np.array_equal(tokens, tokens_of(["\ufffd x \ufffd\ufffd", "😀\ufffd"]))
 
@@ -583,7 +581,7 @@ def test_the_files_that_a_source_means(tmp_path, source, names):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     said = []
-    found = text_sources.find_local(str(tmp_path / source), out, said.append)
+    found = text_files.find_local(str(tmp_path / source), out, said.append)
     expected = sorted(tmp_path / name for name in names) if names else None
     assert found == expected
     assert ("README.md" in "".join(said)) == (source in (".", "**", "**/*", "**/**/*.*"))
@@ -599,7 +597,7 @@ def test_a_glob_over_the_directory_of_the_shards_finishes_again(tmp_path, text_f
 def test_directories_without_a_file_of_a_known_kind_are_refused(tmp_path):
     (tmp_path / "x.md").write_text("x")
     with pytest.raises(UserError, match="no file of a known kind"):
-        text_sources.find_local(str(tmp_path), tmp_path / "out", print)
+        text_files.find_local(str(tmp_path), tmp_path / "out", print)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.txt.gz"])
@@ -607,9 +605,9 @@ def test_a_compressed_file_that_was_cut_off_is_told(tmp_path, monkeypatch, name)
     """And nothing is taken for its end; what comes whole before it, is."""
     data = b"".join(line_of(document) + b"\n" for document in some_documents(name, 50))
     (tmp_path / name).write_bytes(pack(name, data)[:-9])
-    monkeypatch.setattr(text_sources, "PIECE", 500)
+    monkeypatch.setattr(text_files, "PIECE", 500)
     with pytest.raises(UserError, match="cannot be read"):
-        list(text_sources.pieces_of(tmp_path / name, 0, 0, "text", ""))
+        list(text_files.pieces_of(tmp_path / name, 0, 0, "text", ""))
 
 
 def test_what_is_no_utf_8_on_the_command_line_or_on_the_disk(tmp_path):
@@ -1004,7 +1002,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 @pytest.mark.parametrize("shard_size", [pytest.param(25, marks=pytest.mark.faults), 11])
 def test_kills_between_any_two_renames(forty, tmp_path, shard_size):
     """Between the record and the name of a shard, too, and amid the split of a small text."""
-    settings = dict(shard_size=shard_size, method="fork", changes={"text_sources.PIECE": 60})
+    settings = dict(shard_size=shard_size, method="fork", changes={"support.text_files.PIECE": 60})
     done = run(forty, tmp_path / "out", driver=DRIVER + CHAIN, **settings)
     assert int(re.search(r"(\d+) kills", done.stdout)[1]) >= 5
     assert "missing or altered" not in done.stderr  # the work of no run is lost

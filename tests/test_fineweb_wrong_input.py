@@ -27,13 +27,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, SMALL, command_line, environment, losses
 
-import checkpoint
-import errors
 import fineweb
-import text_sources
-import token_shards
-import tokenizer
 import train_gpt2
+from support import checkpoint, errors, text_files, token_shards, tokenizer
 
 SECRET = "hf_aTokenThatNobodyMaySee"
 TEXT = (ROOT / "input.txt").read_text(encoding="utf-8")
@@ -448,7 +444,7 @@ def damage(name: str) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_what_comes_before_the_damage_is_kept_and_once_mended_it_goes_on(name, run, monkeypatch):
     """The mended file is of another time, and of another size perhaps."""
-    monkeypatch.setattr(text_sources, "PIECE", 4096)
+    monkeypatch.setattr(text_files, "PIECE", 4096)
     damage(name)
     made = []
     for _ in range(2):

@@ -33,11 +33,10 @@ import torch
 from conftest import ROOT, SMALL, command_line, environment, losses, read_log, run_trainer
 from torch.nn import functional as F
 
-import checkpoint
 import hellaswag
-import tokenizer
 import train_gpt2
-from errors import UserError
+from support import checkpoint, tokenizer
+from support.errors import UserError
 
 ALONE = train_gpt2.Processes(0, 1, torch.device("cpu"), torch.float32)
 BATCHES = [(4096, 256, 16), (64, 7, 1), (1, 1, 5)]  # BATCH_TOKENS, HEAD_ROWS, LENGTH_STEP
@@ -628,7 +627,7 @@ import json, os, signal, sys, tempfile, traceback
 from pathlib import Path
 
 import hellaswag, train_gpt2
-from errors import run_main
+from support.errors import run_main
 
 # what takes a second the first time
 import filelock, tqdm, urllib.request

@@ -30,8 +30,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, environment
 
-import hub as hub_module
-import tokenizer
+from support import hub as hub_module
+from support import tokenizer
 
 SECRET = "hf_thisIsSecretAndMustNotBeSeen"
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"

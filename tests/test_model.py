@@ -19,9 +19,9 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-import tokenizer
 import train_gpt2
-from errors import UserError
+from support import tokenizer
+from support.errors import UserError
 from train_gpt2 import GPT, IGNORE, GPTConfig, TrainingModel
 
 V = tokenizer.VOCAB_SIZE

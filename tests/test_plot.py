@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 
 import plot
-from errors import UserError, run_main
+from support.errors import UserError, run_main
 
 NANOGPT = (
     "0 val 10.9504\n0 hella 0.2463\n0 train 10.955267\n1 train 9.5\n250 val 5.9\n250 hella 0.25\n"

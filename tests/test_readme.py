@@ -12,12 +12,12 @@ import pytest
 from conftest import ROOT, environment
 
 import bench
-import command_line
 import fineweb
 import hellaswag
 import plot
 import sample
 import train_gpt2
+from support import cli
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # What a command's comment begins with if it cannot be run everywhere, or takes long.
@@ -38,7 +38,7 @@ def parse(script: str, arguments: list[str]) -> None:
         {"hellaswag.py": hellaswag, "plot.py": plot}[script].parse(arguments)
     else:
         module = {"fineweb.py": fineweb, "sample.py": sample, "bench.py": bench}[script]
-        command_line.parse(module.Config, {}, arguments, "")
+        cli.parse(module.Config, {}, arguments, "")
 
 
 def test_every_command_is_read_by_its_program():

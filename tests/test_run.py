@@ -23,9 +23,9 @@ from conftest import (
     wait_for_step,
 )  # fmt: skip
 
-import checkpoint
 import train_gpt2
-from errors import UserError
+from support import checkpoint
+from support.errors import UserError
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.faults)])

@@ -23,13 +23,11 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
-import command_line
 import hellaswag
-import quantize
 import sample
-import tokenizer
 import train_gpt2
-from errors import UserError
+from support import cli, quantize, tokenizer
+from support.errors import UserError
 from train_gpt2 import GPT, GPTConfig, sample_ids
 
 V, END = tokenizer.VOCAB_SIZE, tokenizer.END_OF_TEXT_ID
@@ -246,7 +244,7 @@ def test_a_checkpoint_with_the_spare_rows_of_the_embedding_alone_continues(small
 
 
 def test_fine_tuning_has_a_recipe_with_its_own_rate(untied):
-    config = command_line.parse(
+    config = cli.parse(
         train_gpt2.Config, train_gpt2.RECIPES, ["finetune", f"--init_from={untied[1]}"], ""
     )
     assert config.max_lr < train_gpt2.Config.max_lr / 10

@@ -11,8 +11,8 @@ from conftest import ROOT
 from tiktoken_ext import openai_public
 from transformers import AutoTokenizer
 
-import tokenizer
-from errors import UserError
+from support import tokenizer
+from support.errors import UserError
 
 ENCODING = tokenizer.get_encoding()
 CACHES = (tokenizer.load_ranks, tokenizer.get_encoding, tokenizer._tokenizer_files)
@@ -84,7 +84,7 @@ def test_definition_is_that_of_tiktoken(monkeypatch):
 
     def parse_bundled(url, expected_hash):
         asked.append(expected_hash)
-        lines = (ROOT / "gpt2.tiktoken").read_text(encoding="ascii").splitlines()
+        lines = (ROOT / "support" / "gpt2.tiktoken").read_text(encoding="ascii").splitlines()
         pairs = (line.split() for line in lines)
         return {base64.b64decode(token): int(rank) for token, rank in pairs}
 
@@ -103,7 +103,7 @@ def test_definition_is_that_of_tiktoken(monkeypatch):
 @pytest.mark.parametrize("damage", ["one rank", "cut off", "missing"])
 def test_changed_ranks_are_refused(monkeypatch, tmp_path, fresh_caches, damage):
     """A file of ranks that is not GPT-2's is named in the error, and nothing is made of it."""
-    raw = (ROOT / "gpt2.tiktoken").read_bytes()
+    raw = (ROOT / "support" / "gpt2.tiktoken").read_bytes()
     changed = tmp_path / "changed.tiktoken"
     if damage == "one rank":
         changed.write_bytes(raw.replace(b" 50255\n", b" 50254\n"))

@@ -23,10 +23,9 @@ from conftest import (
     start,
 )  # fmt: skip
 
-import run_record
-import trackers
 import train_gpt2
-from errors import SettingError
+from support import run_log, trackers
+from support.errors import SettingError
 
 EVALUATED = dict(
     max_steps=8, checkpoint_every=3, val_every=4, val_tokens=320, sample_every=4, sample_tokens=3,
@@ -170,13 +169,13 @@ def test_progress_tells_tokens_and_seconds_and_continues_after_a_stop(small):
 
 def test_the_picture_is_drawn_at_each_evaluation_and_whole_at_the_end(small, monkeypatch):
     drawn = []
-    original = run_record.Curves.refresh
+    original = run_log.Curves.refresh
 
     def refresh(self):
         drawn.append(train_log.read_text().count("\n"))
         original(self)
 
-    monkeypatch.setattr(run_record.Curves, "refresh", refresh)
+    monkeypatch.setattr(run_log.Curves, "refresh", refresh)
     config = small(max_steps=6, val_every=3, val_tokens=320, curves=True)
     train_log = Path(config.log_dir) / "log.txt"
     train_gpt2.train(config)
@@ -203,8 +202,8 @@ def test_a_picture_that_cannot_be_drawn_stops_no_run(small, tmp_path, monkeypatc
         return original(command, **rest)
 
     monkeypatch.setattr(subprocess, "Popen", popen)
-    wait, most = run_record.Curves.wait, 0.5 if how == "it hangs" else 60
-    monkeypatch.setattr(run_record.Curves, "wait", lambda self, s: wait(self, min(s, most)))
+    wait, most = run_log.Curves.wait, 0.5 if how == "it hangs" else 60
+    monkeypatch.setattr(run_log.Curves, "wait", lambda self, s: wait(self, min(s, most)))
     config = small(val_every=2, val_tokens=320, curves=True)
     assert train_gpt2.train(config) == 0
     told = [line for line in capsys.readouterr().out.splitlines() if "curves.png" in line]

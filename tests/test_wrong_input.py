@@ -20,10 +20,8 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, environment, limit_files, losses, run_trainer
 
-import checkpoint
-import errors
-import tokenizer
 import train_gpt2
+from support import checkpoint, errors, tokenizer
 
 TEXT = (ROOT / "input.txt").read_text(encoding="utf-8")[:16000]
 WAYS_OUT = ("python fineweb.py", "python train_gpt2.py tiny")

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import checkpoint
-from errors import SettingError, UserError
+from support import checkpoint
+from support.errors import SettingError, UserError
 
 AFRESH = "give that to continue it, or another --log_dir to start afresh"
 
@@ -113,7 +113,7 @@ class Curves:
         """Draws the log as it is now, unless the last picture is still being drawn."""
         if self.drawing is None or self.drawing.poll() is not None:
             self.wait(0)
-            program = Path(__file__).resolve().parent / "plot.py"
+            program = Path(__file__).resolve().parent.parent / "plot.py"
             try:
                 self.drawing = subprocess.Popen(
                     [sys.executable, str(program), str(self.log_dir)],

@@ -15,8 +15,8 @@ import time
 from concurrent.futures import Future
 from pathlib import Path
 
-import checkpoint
-from errors import UserError
+from support import checkpoint
+from support.errors import UserError
 
 AHEAD = 3  # files that are fetched or lie ready at a time, the one in use among them
 TRIES = 10  # of a file, 1, 2, 4, ... and at most 60 seconds apart: four minutes of waiting in all

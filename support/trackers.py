@@ -11,8 +11,8 @@ import shutil
 import uuid
 from pathlib import Path
 
-import run_record
-from errors import SettingError
+from support import run_log
+from support.errors import SettingError
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}  # tracker: what has to be installed
 
@@ -100,7 +100,7 @@ class WeightsAndBiases(Nothing):
 
         id_file, self.file = log_dir / "wandb_id.txt", log_dir / "wandb_rows.jsonl"
         if not id_file.exists():
-            run_record.replace(id_file, uuid.uuid4().hex[:12] + "\n")
+            run_log.replace(id_file, uuid.uuid4().hex[:12] + "\n")
         ident = id_file.read_text(encoding="utf-8").strip()
         try:
             self.run = wandb.init(
@@ -116,7 +116,7 @@ class WeightsAndBiases(Nothing):
                 shutil.rmtree(earlier, ignore_errors=True)
         self.first, self.row, self.row_step = self.run.step, {}, 0
         rows = [row for row in self.read() if row["step"] < step]
-        run_record.replace(self.file, "".join(json.dumps(row) + "\n" for row in rows))
+        run_log.replace(self.file, "".join(json.dumps(row) + "\n" for row in rows))
         for row in rows:
             self.tell(**row)
 
@@ -139,7 +139,7 @@ class WeightsAndBiases(Nothing):
     def send(self, step: int, values: dict) -> None:
         """Keeps a row and tells it."""
         self.row = {}
-        run_record.append(self.file, json.dumps(dict(step=step, values=values)) + "\n")
+        run_log.append(self.file, json.dumps(dict(step=step, values=values)) + "\n")
         self.tell(step, values)
 
     def tell(self, step: int, values: dict) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import UserError
+from support.errors import UserError
 
 RANKS = Path(__file__).resolve().parent / "gpt2.tiktoken"
 # The hash that tiktoken publishes for these ranks (tiktoken_ext/openai_public.py, r50k_base).

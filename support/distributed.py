@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from errors import UserError
+from support.errors import UserError
 
 watch = None  # (a group over gloo, seconds in which whoever is alive answers), once joined
 

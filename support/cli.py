@@ -11,7 +11,7 @@ import functools
 import inspect
 import re
 
-from errors import SettingError
+from support.errors import SettingError
 
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 

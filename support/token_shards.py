@@ -16,9 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-import checkpoint
-import tokenizer
-from errors import SettingError, UserError
+from support import checkpoint, tokenizer
+from support.errors import SettingError, UserError
 
 MANIFEST = "manifest.json"
 SUFFIXES = (".npy", ".bin")

@@ -12,7 +12,7 @@ import re
 import shutil
 from pathlib import Path
 
-from errors import UserError
+from support.errors import UserError
 
 MANIFEST = "files.json"
 STEP_NAME = re.compile(r"step_(\d{5,})")

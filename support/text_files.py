@@ -21,7 +21,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from errors import UserError
+from support.errors import UserError
 
 FORMATS = {
     ".parquet": "parquet",

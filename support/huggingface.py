@@ -12,9 +12,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from checkpoint import list_checkpoints, newest_whole
-from errors import UserError
-from tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, save_tokenizer
+from support.checkpoint import list_checkpoints, newest_whole
+from support.errors import UserError
+from support.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, save_tokenizer
 
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 TRANSPOSED = re.compile(r"\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
