@@ -1,7 +1,8 @@
-"""A settings dataclass as a command line: `[recipe] [--name=value ...]`, or without recipes.
+"""A command line made from a dataclass of settings: `[recipe] [--name=value ...]`.
 
-The names, types and defaults are the dataclass's fields, the help is the comment beside each. What
-stands on the command line without a name goes to the field that is a tuple, if there is one.
+Names, types and defaults are the dataclass's fields; the help is the comment on each field's line,
+and a comment on a line of its own is the heading of the fields below it. Arguments without a name
+go to the field of type tuple, if there is one.
 """
 
 import argparse
@@ -17,37 +18,20 @@ BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def parse(settings: type, recipes: dict[str, dict], arguments: list[str], description: str):
-    """An instance of the dataclass `settings`: its defaults, a recipe's values, then those given.
+    """An instance of the dataclass `settings`: its defaults, then a recipe's values, then those
+    of the command line.
 
     Raises SettingError for an unknown recipe or name (with the closest valid one) or a wrong type.
     """
     fields = {field.name: field for field in dataclasses.fields(settings)}
-    listed = [name for name, field in fields.items() if field.type is tuple]
-    words = "[recipe] " if recipes else "".join(f"[{name} ...] " for name in listed)
-    parser = Parser(
-        allow_abbrev=False,
-        description=description,
-        usage=f"%(prog)s {words}[--setting=value ...]",
-        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=32, width=100),
-    )
-    if recipes:
-        parser.add_argument("recipe", nargs="?", help=", ".join(recipes))
-    else:
-        parser.set_defaults(recipe=None)
-    for name, comment in comments(settings).items():
-        if fields[name].type is tuple:
-            text = f"{comment} [{' '.join(fields[name].default)}]".replace("%", "%%")
-            parser.add_argument(name, nargs="*", help=text)
-        else:
-            text = f"{comment} [{fields[name].default}]".replace("%", "%%")
-            parser.add_argument(f"--{name}", metavar="X", help=text)
     switches = {f"--{name}" for name, field in fields.items() if field.type is bool}
-    given, unknown = parser.parse_known_args(spell_out(arguments, switches))
+    parser = build_parser(settings, recipes, description)
+    given, unknown = parser.parse_known_args(expand_switches(arguments, switches))
     for argument in unknown:
         name = argument.lstrip("-").split("=")[0]
-        raise SettingError(f"{argument}: no such setting; {closest(name, fields, '--')}")
+        raise SettingError(f"{argument}: no such setting; {suggest(name, fields, '--')}")
     if given.recipe is not None and given.recipe not in recipes:
-        raise SettingError(f"{given.recipe}: no such recipe; {closest(given.recipe, recipes)}")
+        raise SettingError(f"{given.recipe}: no such recipe; {suggest(given.recipe, recipes)}")
     values = dict(recipes.get(given.recipe, {}))
     for name, field in fields.items():
         if field.type is tuple:
@@ -57,41 +41,73 @@ def parse(settings: type, recipes: dict[str, dict], arguments: list[str], descri
     return settings(**values)
 
 
-def spell_out(arguments: list[str], switches: set[str]) -> list[str]:
-    """The arguments with `--switch=True` where `--switch` stands alone."""
-    values = [*arguments[1:], ""]
-    return [
-        f"{argument}=True" if argument in switches and value.lower() not in BOOLEANS else argument
-        for argument, value in zip(arguments, values)
-    ]
-
-
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are those of a setting."""
+    """An argument parser that raises its errors as SettingError."""
 
     def error(self, message):
         raise SettingError(f"{message}; --help lists all settings")
 
 
-def comments(settings: type) -> dict[str, str]:
-    """{field: the comment on its line}."""
-    line = re.compile(r"^    (\w+): \w+ = .*?  # (.*)$", re.MULTILINE)
-    return dict(line.findall(inspect.getsource(settings)))
+def build_parser(settings: type, recipes: dict[str, dict], description: str) -> Parser:
+    """The parser of `parse`, with the settings in the groups of the dataclass."""
+    fields = {field.name: field for field in dataclasses.fields(settings)}
+    positional = "".join(f"[{n} ...] " for n, field in fields.items() if field.type is tuple)
+    parser = Parser(
+        allow_abbrev=False,
+        description=description,
+        usage=f"%(prog)s {'[recipe] ' if recipes else positional}[--setting=value ...]",
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=32, width=100),
+    )
+    if recipes:
+        parser.add_argument("recipe", nargs="?", help=", ".join(recipes))
+    else:
+        parser.set_defaults(recipe=None)
+    for heading, comments in grouped_comments(settings).items():
+        group = parser.add_argument_group(heading) if heading else parser
+        for name, comment in comments.items():
+            default = fields[name].default
+            if fields[name].type is tuple:
+                text = f"{comment} [{' '.join(default)}]".replace("%", "%%")
+                group.add_argument(name, nargs="*", help=text)
+            else:
+                text = f"{comment} [{default}]".replace("%", "%%")
+                group.add_argument(f"--{name}", metavar="X", help=text)
+    return parser
 
 
-def closest(name: str, names, prefix: str = "") -> str:
-    """The remedy for a name that is not among `names`."""
+def grouped_comments(settings: type) -> dict[str, dict[str, str]]:
+    """{heading: {field: the comment on its line}}, in the order of the source."""
+    groups, heading = {}, ""
+    for line in inspect.getsource(settings).splitlines():
+        if match := re.match(r"    # (.*)$", line):
+            heading = match[1]
+        elif match := re.match(r"    (\w+): \w+ = .*?  # (.*)$", line):
+            groups.setdefault(heading, {})[match[1]] = match[2]
+    return groups
+
+
+def expand_switches(arguments: list[str], switches: set[str]) -> list[str]:
+    """The arguments, with `--switch=True` where a boolean `--switch` is given without a value."""
+    following = [*arguments[1:], ""]
+    return [
+        f"{argument}=True" if argument in switches and value.lower() not in BOOLEANS else argument
+        for argument, value in zip(arguments, following)
+    ]
+
+
+def suggest(name: str, names, prefix: str = "") -> str:
+    """The remedy for a name that is not among `names`: the closest one, or all."""
     close = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {prefix}{close[0]}?" if close else f"there are {', '.join(names)}"
+    return f"did you mean {prefix}{close[0]}?" if close else f"choose from {', '.join(names)}"
 
 
 def convert(name: str, text: str, kind: type):
-    """The value that `text` stands for. Raises SettingError where it is not of that type."""
+    """The value of a setting that is given as text. Raises SettingError if the type is wrong."""
     try:
         if kind is bool:
             return BOOLEANS[text.lower()]
         if kind is int and not text.lstrip("+-").replace("_", "").isdigit():
-            number = float(text)  # so that 4e9 will do
+            number = float(text)  # accepts 4e9
             if number != int(number):
                 raise ValueError
             return int(number)

@@ -1,94 +1,177 @@
-"""The process group of a run: joined even after a restart, and if one is missing, which it is."""
+"""The processes of a run: rank, device and process group, and which process is missing."""
 
+import contextlib
 import os
 import re
 import time
 import uuid
+from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
+from torch import nn
 
-from support.errors import UserError
+from support import devices
+from support.errors import SettingError, UserError
+from support.launch import Launch
 
-watch = None  # (a group over gloo, seconds in which whoever is alive answers), once joined
+
+@dataclass
+class Runtime:
+    """Rank, world size, device and dtype of this process."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype  # of matrix products; float32 means no autocast
+
+    @property
+    def master_process(self) -> bool:
+        """Whether this process prints, logs and saves."""
+        return self.rank == 0
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether the device may still be computing the results of a call that has returned."""
+        return self.device.type == "cuda"
+
+    def autocast(self):
+        """A context in which matrix products are computed in `dtype`."""
+        return torch.autocast(
+            self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
+        )
+
+    def all_reduce(self, tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
+        """The sum (or another `op`) of `tensor` over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=op)
+        return tensor
+
+    def sum_floats(self, values: list[float]) -> list[float]:
+        """The sums of some numbers over all ranks."""
+        return self.all_reduce(torch.tensor(values, device=self.device).float()).tolist()
+
+    def sum_float(self, value: float) -> float:
+        """The sum of a number over all ranks."""
+        return self.sum_floats([value])[0]
+
+    def all_gather(self, value) -> list:
+        """The Python objects of all ranks, by rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Returns when all ranks have called it."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def without_sync(model: nn.Module):
+    """DDP's no_sync; for a plain model an empty context."""
+    return model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext()
+
+
+def initialize(
+    device: str, dtype: str, launch: Launch | None = None, timeout_s: int = 600
+) -> Runtime:
+    """Chooses device and dtype by the settings, and joins the process group if there are several.
+
+    launch: default: one process
+    timeout_s: seconds after which a rank that waits for another one gives up
+    Raises UserError if the device is not available.
+    """
+    launch = launch or Launch()
+    chosen = devices.choose_device(device, launch.local_rank)
+    if chosen.type == "mps" and launch.world_size > 1:
+        raise SettingError("device='mps': one process only; start several with --device=cpu")
+    if launch.world_size > 1 and not dist.is_initialized():
+        join_process_group(launch.rank, launch.world_size, chosen, timeout_s)
+    if chosen.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+    elif chosen.type == "cpu":
+        devices.keep_freed_memory()
+    return Runtime(launch.rank, launch.world_size, chosen, devices.choose_dtype(dtype, chosen))
+
+
+# -------------------------------------------------------------------------------------------------
+# Process group
+
+_monitor = None  # (gloo group, timeout of its barrier): finds out which rank does not answer
 
 
 class LostProcess(UserError):
-    """Another process of the run is gone or hangs, so that no step can be finished."""
+    """Another process of the run has ended or hangs, so no step can be finished."""
 
     code = 3
 
 
-def join(rank: int, world_size: int, device, timeout_s: float) -> None:
-    """Makes the default process group: nccl on CUDA, gloo elsewhere.
-
-    timeout_s: how long the processes wait for one of them
-    """
-    global watch
+def join_process_group(rank: int, world_size: int, device, timeout_s: float) -> None:
+    """Creates the default process group: nccl on CUDA, gloo elsewhere."""
+    global _monitor
     timeout = timedelta(seconds=timeout_s)
     group = dict(rank=rank, world_size=world_size, timeout=timeout)
-    group["store"] = fresh_store(rank, world_size, timeout)
+    group["store"] = create_store(rank, world_size, timeout)
     if device.type == "cuda":
         dist.init_process_group("nccl", **group, device_id=device)
     else:
         dist.init_process_group("gloo", **group)
-    patience_s = min(timeout_s, 20)
-    # the others wait for the verdict of rank 0 a little longer than it waits for them
-    waiting = timedelta(seconds=2 * patience_s + 5)
-    watch = dist.new_group(backend="gloo", timeout=waiting), timedelta(seconds=patience_s)
+    answer_s = min(timeout_s, 20)
+    # The other ranks wait for the answer of rank 0 a little longer than it waits for them.
+    group_timeout = timedelta(seconds=2 * answer_s + 5)
+    _monitor = dist.new_group(backend="gloo", timeout=group_timeout), timedelta(seconds=answer_s)
 
 
-def fresh_store(rank: int, world_size: int, timeout: timedelta):
-    """The store of this start of the run, with nothing of dead processes in it.
+def create_store(rank: int, world_size: int, timeout: timedelta):
+    """The store of this start of the run, without keys of earlier processes.
 
-    torchrun gives all processes one store, those that it starts again after a failure, too
-    (`--max-restarts`). There these find the addresses that the ones before them left, call them,
-    and fail or hang. So rank 0 makes up a name that no start had before, and all keys get it as a
-    prefix. To whom it tells the name cannot be a process of before: each asks with a word of its
-    own, and says that it has heard. Raises RuntimeError where a rank does not come in `timeout`.
+    torchrun gives the same store to all processes, and also to those that it starts again after a
+    failure (`--max-restarts`). They would find the addresses that earlier processes left, connect
+    to them, and fail or hang. So rank 0 chooses a new name, and all keys get it as a prefix. An
+    earlier process cannot receive the name: each rank asks with a word of its own, and confirms.
+    Raises RuntimeError if a rank does not ask within `timeout`.
     """
     store = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))[0]
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # a store of its own for each start
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # each start has a store of its own
         return store
-    mine = uuid.uuid4().hex
+    own = uuid.uuid4().hex
     if rank > 0:
-        store.set(f"asks/{rank}", mine)
-        name = store.get(f"answer/{mine}").decode()  # waits for it
-        store.set(f"heard/{name}/{rank}", "")
+        store.set(f"asks/{rank}", own)
+        name = store.get(f"answer/{own}").decode()  # blocks until rank 0 answers
+        store.set(f"confirms/{name}/{rank}", "")
         return dist.PrefixStore(name, store)
     missing, deadline = set(range(1, world_size)), time.monotonic() + timeout.total_seconds()
     while missing:
         if time.monotonic() > deadline:
             raise RuntimeError(f"of {world_size} processes, rank {min(missing)} did not start")
         for other in missing:
-            if store.check([f"asks/{other}"]):  # one of before, perhaps: it is asked for again
-                store.set(f"answer/{store.get(f'asks/{other}').decode()}", mine)
-        missing = {other for other in missing if not store.check([f"heard/{mine}/{other}"])}
+            if store.check([f"asks/{other}"]):  # perhaps of an earlier process: ask again
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", own)
+        missing = {other for other in missing if not store.check([f"confirms/{own}/{other}"])}
         time.sleep(0.01)
-    return dist.PrefixStore(mine, store)
+    return dist.PrefixStore(own, store)
 
 
-def missing(rank: int) -> str:
-    """Which processes do not answer, as far as torch can tell.
-
-    To be called by all where waiting for one another failed.
-    """
-    group, patience = watch
+def find_missing(rank: int) -> str:
+    """Which ranks do not answer, as far as torch can find out; all ranks must call it."""
+    group, timeout = _monitor
     try:
-        dist.monitored_barrier(group, patience, wait_all_ranks=True)
+        dist.monitored_barrier(group, timeout, wait_all_ranks=True)
     except RuntimeError as error:
         if ranks := re.search(r"Ranks ([\d, ]+) failed", str(error)):
             return f"no answer from rank {ranks[1]}"
         if rank > 0 and "Timed out" in str(error):
             return "no answer from rank 0"
-    return "another process is gone"
+    return "another process has ended"
 
 
 def raise_if_lost(error: RuntimeError) -> None:
-    """Raises LostProcess where `error` is that of waiting for another process."""
-    if watch and (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+    """Raises LostProcess if `error` comes from a collective that another process left."""
+    if _monitor and (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
         rank = dist.get_rank()
         raise LostProcess(
-            f"rank {rank}: {missing(rank)} ({str(error)[:200]}); "
+            f"rank {rank}: {find_missing(rank)} ({str(error)[:200]}); "
             "the same command continues from the last checkpoint"
         ) from None

@@ -1,7 +1,7 @@
-"""What a user can mend, said in one line.
+"""Errors that the user can correct, each reported in one line.
 
-Every script raises `UserError` for bad input and runs its main function through `run_main`, which
-prints the line and exits with its code, 2. Anything else that is raised is a bug and keeps its
+A command raises `UserError` for bad input and runs its main function through `run_main`, which
+prints the line and exits with the error's code, 2. Any other exception is a bug and keeps its
 traceback.
 """
 
@@ -10,37 +10,39 @@ import sys
 
 
 class UserError(Exception):
-    """Something the user can mend: the message names the file or setting, and the remedy."""
+    """An error that the user can correct: the message names the file or setting and the remedy."""
 
-    code = 2  # with which the program ends
+    code = 2  # exit code of the program
 
 
 class SettingError(UserError):
-    """A UserError that every process of a run meets alike, so that only the first one tells it."""
+    """A UserError that every rank raises, so that only rank 0 prints it."""
 
 
-def is_follower() -> bool:
-    """Whether another process of this run is its first: a rank that makes no sense is none."""
-    rank, world = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
-    return rank.isdecimal() and world.isdecimal() and 0 < int(rank) < int(world)
+def environment_rank() -> int:
+    """The rank in the launcher's variables; 0 if they are missing or contradict each other."""
+    rank, world_size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    valid = rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)
+    return int(rank) if valid else 0
 
 
 def run_main(main) -> None:
-    """Exits with what `main()` returns; with one line and code 2 on a UserError; with 130 on ^C.
+    """Runs `main()` and exits with the code that it returns.
 
-    Also with 141, as programs do on SIGPIPE, where nobody reads on (`| head`).
+    A UserError is printed in one line and exits with its code, an interrupt (^C) exits with 130,
+    and a reader that closed the pipe (`| head`) ends the program with 141, as SIGPIPE would.
     """
-    for stream in (sys.stdout, sys.stderr):  # a name that the console cannot show is no error
+    for stream in (sys.stdout, sys.stderr):  # file names may hold what the console cannot print
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except UserError as error:
-        if not (isinstance(error, SettingError) and is_follower()):
+        if not (isinstance(error, SettingError) and environment_rank() > 0):
             print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
         sys.exit(error.code)
     except BrokenPipeError:
-        # Python flushes once more at its end, which must not fail again
+        # Python flushes standard output once more when it exits; that must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:

@@ -1,0 +1,120 @@
+"""What a device can do: which one to use, in which dtype, and how fast it could be."""
+
+import ctypes
+import functools
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from support.errors import SettingError, UserError
+
+# Dense bfloat16 or float16 peaks of the datasheets, in TFLOP/s; the first name that matches counts.
+PEAK_TFLOPS = {
+    "GB200": 2500, "B200": 2250, "GH200": 989.5, "H200": 989.5, "H100 PCIe": 756, "H100 NVL": 835,
+    "H100": 989.5, "H800": 989.5, "H20": 148, "A100": 312, "A800": 312, "L40S": 362, "L40": 181,
+    "L4": 121, "A40": 149.7, "A30": 165, "A10G": 70, "A10": 125, "RTX A6000": 154.8,
+    "RTX 6000 Ada": 364.2,
+    "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 4080": 97.5, "RTX 3090": 71, "V100": 125, "T4": 65,
+}  # fmt: skip
+
+
+def validate_device_and_dtype(device: str, dtype: str) -> None:
+    """Raises SettingError if the setting `device` or `dtype` has no valid form."""
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise SettingError(f"dtype={dtype!r}: must be auto, float32, bfloat16 or float16")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+        raise SettingError(f"device={device!r}: must be auto, cpu, cuda, cuda:N or mps")
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device that the setting `device` means for a process of this local rank.
+
+    Raises SettingError or UserError if it is not available.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    device = torch.device(name)
+    if device.type == "mps" and not mps:
+        raise SettingError("device='mps': not available on this machine; --device=cpu always is")
+    if device.type == "cuda":
+        if not cuda:
+            raise SettingError(
+                f"device={name!r}: torch {torch.__version__} finds no CUDA device on this machine; "
+                "--device=cpu is always available"
+            )
+        index = local_rank if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise UserError(
+                f"device='cuda:{index}': this machine has {torch.cuda.device_count()} CUDA "
+                "devices; start fewer processes, or choose another device"
+            )
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products that the setting `dtype` means on this device.
+
+    auto: bfloat16 where the device multiplies in it, float16 on older CUDA devices, else float32.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        modern = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if modern else torch.float16
+    if device.type == "cpu":
+        # Without hardware for it, bfloat16 is many times slower than float32 (pytorch#118499).
+        fast = cpu_flags() & {"avx512_bf16", "amx_bf16"}
+        return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16
+
+
+@functools.cache
+def cpu_flags() -> set[str]:
+    """The words of /proc/cpuinfo, which include the processor's features; empty if not on Linux."""
+    try:
+        return set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return set()
+
+
+def matmul_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype of matrix products with x: that of autocast if it is enabled, else x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype as the setting `dtype` has it: bfloat16, float16, float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a GPU's model; of other devices their type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep the memory of freed tensors for new ones.
+
+    By default glibc returns large blocks to the kernel, which maps and clears them page by page for
+    the next tensor. That is a third of the time of a training step on a CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        for parameter in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, in bytes
+            mallopt(parameter, 2**31 - 1)
+
+
+def peak_flops(name: str, dtype: torch.dtype) -> float | None:
+    """The peak rate of a GPU of this name in FLOP/s; None if it is not in PEAK_TFLOPS."""
+    if dtype == torch.float32:
+        return None
+    for known, tflops in PEAK_TFLOPS.items():
+        if re.search(rf"\b{known}\b", name):
+            return 1e12 * tflops
+    return None

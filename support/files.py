@@ -1,0 +1,55 @@
+"""Files that are either complete or not there: written under a temporary name, then renamed."""
+
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Returns when the content of a file or directory is on the disk (fsync)."""
+    if path.is_dir() and os.name != "posix":
+        return  # Windows cannot sync a directory
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def partial_path(path: Path, writer: str = "") -> Path:
+    """The temporary name of a file while it is written.
+
+    writer: tells apart the processes that may write the same file at the same time
+    """
+    return path.with_name(f".{path.name}{f'.{writer}' if writer else ''}.partial")
+
+
+@contextlib.contextmanager
+def replacing(path: Path, writer: str = ""):
+    """A context that yields a temporary path, and renames it to `path` at the end.
+
+    The block writes the file at the temporary path. If it raises, `path` is as it was and no
+    temporary file is left. writer: as in `partial_path`. Raises OSError, e.g. for a full disk.
+    """
+    partial = partial_path(path, writer)
+    try:
+        yield partial
+        sync(partial)
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str, writer: str = "") -> None:
+    """Writes a small UTF-8 text file through `replacing`, with \\n line ends on every system."""
+    with replacing(path, writer) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
