@@ -1,148 +1,129 @@
-"""The files of a dataset on the Hugging Face Hub: listed once, fetched ahead of their use.
+"""The files of a dataset on the Hugging Face Hub: listed once, downloaded ahead of their use.
 
-`datasets` knows which files a dataset's configuration means, `huggingface_hub` fetches them (with
-HF_TOKEN where it is set), resumes what was cut off and waits as a 429's Retry-After asks. What they
-leave, 5xx and files that arrive short or altered, is tried again here.
+`datasets` finds the files of a dataset's configuration. `huggingface_hub` downloads them (with
+HF_TOKEN if it is set), resumes an interrupted download and waits as a 429's Retry-After asks. This
+module retries what they do not: 5xx, and files that arrive incomplete or altered.
 """
 
 import errno
 import json
 import math
-import shutil
 import tempfile
 import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
 
-from support import checkpoint
 from support.errors import UserError
+from support.files import sha256
+from support.launch import print_rank
 
-AHEAD = 3  # files that are fetched or lie ready at a time, the one in use among them
+AHEAD = 3  # files in use or on their way at a time, beside the earlier ones of the open shard
 TRIES = 10  # of a file, 1, 2, 4, ... and at most 60 seconds apart: four minutes of waiting in all
-LISTING_TRIES = 3
-LISTING_S = 20  # after which a listing that failed is not tried again, unless the Hub asks for that
-SILENCE_S = 30  # without an answer, where `huggingface_hub` would wait for ever
+LISTING_S = 20  # after which a failed listing is not tried again, unless the Hub asks for that
+SILENCE_S = 30  # to wait for an answer; `huggingface_hub` has no limit
 
 
-def list_files(dataset: str, name: str, commit: str | None, say) -> tuple[str, list[dict]]:
+def list_files(dataset: str, name: str, commit: str | None) -> tuple[str, list[dict]]:
     """(commit, files in dataset order) of the train split of a dataset's configuration.
 
-    name: of the configuration; "" for the only one. commit: None for the newest. Each file is
-    {"file": path in the repository, "bytes", "sha256" (None where the Hub does not tell)}.
+    name: of the configuration, "" for the only one; commit: None for the newest
+    Each file is {"file": path in the repository, "bytes", "sha256" (None if the Hub has none)}.
+    Raises UserError if the dataset cannot be listed.
     """
     from datasets import load_dataset_builder
     from datasets.utils.logging import disable_progress_bar
     from huggingface_hub import HfFileSystem, get_session
 
     disable_progress_bar()
+    if _limit_silence not in (hooks := get_session().event_hooks["request"]):
+        hooks.append(_limit_silence)
 
-    def limit(request):
-        timeouts = request.extensions.get("timeout", {})
-        timeouts |= {what: SILENCE_S for what, seconds in timeouts.items() if seconds is None}
-
-    def ask():
-        if limit not in (hooks := get_session().event_hooks["request"]):
-            hooks.append(limit)
-        # What `datasets` may have made of it here before has no files; so it may not find that.
-        with tempfile.TemporaryDirectory() as empty:
-            builder = load_dataset_builder(dataset, name or None, revision=commit, cache_dir=empty)
+    def attempt() -> tuple[str, list[dict]]:
+        # A dataset that `datasets` has prepared in its cache has no list of files.
+        with tempfile.TemporaryDirectory() as cache:
+            builder = load_dataset_builder(dataset, name or None, revision=commit, cache_dir=cache)
         splits = builder.config.data_files or {}
         if "train" not in splits:
             raise UserError(f"source={dataset!r}: no train split, only {', '.join(splits)}")
-        hub = HfFileSystem()  # knows all this from the search for the files
-        infos = [hub.info(url) for url in splits["train"]]
-        return hub.resolve_path(splits["train"][0]).revision, [
-            {
-                "file": hub.resolve_path(info["name"]).path_in_repo,
-                "bytes": info["size"],
-                "sha256": info["lfs"].sha256 if info["lfs"] else None,
-            }
-            for info in infos
-        ]
+        hub, files = HfFileSystem(), []  # which has cached the answers to the search for the files
+        for info in map(hub.info, splits["train"]):
+            path, lfs = hub.resolve_path(info["name"]).path_in_repo, info["lfs"]
+            digest = lfs.sha256 if lfs else None
+            files.append({"file": path, "bytes": info["size"], "sha256": digest})
+        return hub.resolve_path(splits["train"][0]).revision, files
 
-    named = f"source={dataset!r}" + f", name={name!r}" * bool(name)
-    return patiently(named, ask, LISTING_TRIES, say, LISTING_S)
+    described = f"source={dataset!r}" + f", name={name!r}" * bool(name)
+    return retry(described, attempt, LISTING_S)
+
+
+def _limit_silence(request) -> None:
+    """Gives a request a timeout."""
+    timeouts = request.extensions.get("timeout", {})
+    timeouts |= {phase: SILENCE_S for phase, seconds in timeouts.items() if seconds is None}
 
 
 class Downloads:
-    """Fetches the files of a dataset into `directory`, a few ahead of the one asked for."""
+    """Downloads the files of a dataset into `directory`, a few ahead of the one in use.
 
-    def __init__(self, dataset: str, commit: str, files: list[dict], directory: Path, say):
+    files: as `list_files` returns them
+    """
+
+    def __init__(self, dataset: str, commit: str, files: list[dict], directory: Path):
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()
         self.dataset, self.commit, self.files = dataset, commit, files
         self.directory, self.futures = directory, {}
-        self.dropped, self.closed = 0, False
-        self.say = lambda line: None if self.closed else say(line)
-        for path in directory.rglob("*.incomplete"):  # of a process that was killed
-            path.unlink()
 
-    def start(self, index: int) -> None:
-        """Begins to fetch file `index` and the next ones."""
+    def _start(self, index: int) -> Future:
+        """Starts the download of file `index`, which it returns, and of the next ones."""
         for i in range(index, min(index + AHEAD, len(self.files))):
             if i not in self.futures:
-                self.futures[i] = begin(self.fetch, i)
+                self.futures[i] = _run_in_thread(self._download, self.files[i])
+        return self.futures[index]
 
     def is_ready(self, index: int) -> bool:
-        self.start(index)
-        return self.futures[index].done()
+        """Whether `get` returns at once."""
+        return self._start(index).done()
 
     def get(self, index: int) -> Path:
-        """The local path of file `index`, waiting for it if need be."""
-        self.start(index)
-        return self.futures[index].result()
+        """The local path of file `index`, after waiting for it if needed."""
+        return self._start(index).result()
 
-    def fetch(self, index: int) -> Path:
+    def _download(self, file: dict) -> Path:
+        """The local path of a file when it is here and intact."""
         from huggingface_hub import hf_hub_download
 
-        file, again = self.files[index], False
+        name, path = file["file"], self.directory / file["file"]
+        options = dict(repo_type="dataset", revision=self.commit, local_dir=self.directory)
 
-        def attempt():
-            nonlocal again
+        def attempt() -> Path:
             try:
-                found = hf_hub_download(
-                    self.dataset,
-                    file["file"],
-                    repo_type="dataset",
-                    revision=self.commit,
-                    local_dir=self.directory,
-                    force_download=again,
-                )
-            except RuntimeError as error:  # by which hf_xet says everything
+                hf_hub_download(self.dataset, name, **options)
+            except RuntimeError as error:  # by which hf_xet reports all errors
                 raise OSError(str(error)) from None
-            path = Path(found)
-            again = True  # whatever goes wrong from here on, the file is not what it should be
-            if path.stat().st_size != file["bytes"]:
-                raise OSError(f"{path.stat().st_size:,} of {file['bytes']:,} bytes arrived")
-            if file["sha256"] and checkpoint.sha256(path) != file["sha256"]:
-                raise OSError("arrived altered (SHA-256)")
+            altered = file["sha256"] and sha256(path) != file["sha256"]
+            if altered or path.stat().st_size != file["bytes"]:
+                path.unlink()
+                raise OSError("arrived incomplete or altered (size or SHA-256)")
             return path
 
-        return patiently(file["file"], attempt, TRIES, self.say)
+        return retry(name, attempt)
 
-    def drop_before(self, index: int) -> None:
+    def remove_before(self, index: int) -> None:
         """Removes the files before number `index`, which are not needed any more."""
-        for i in range(self.dropped, index):
+        for i in [i for i in self.futures if i < index]:
+            self.futures.pop(i)
             (self.directory / self.files[i]["file"]).unlink(missing_ok=True)
-            self.futures.pop(i, None)
-        self.dropped = max(self.dropped, index)
-
-    def remove(self) -> None:
-        """Removes all files."""
-        shutil.rmtree(self.directory, ignore_errors=True)
-
-    def close(self) -> None:
-        self.closed = True
 
 
-def begin(action, *arguments) -> Future:
-    """What the action returns, later. Its thread ends with the process, whatever it waits for."""
+def _run_in_thread(function, *arguments) -> Future:
+    """The future result of a call. Its thread ends with the process, whatever it waits for."""
 
     def run():
         try:
-            future.set_result(action(*arguments))
+            future.set_result(function(*arguments))
         except BaseException as error:
             future.set_exception(error)
 
@@ -151,85 +132,85 @@ def begin(action, *arguments) -> Future:
     return future
 
 
-def patiently(what: str, action, tries: int, say, patience_s: float = math.inf):
-    """What `action()` returns, tried again after what may pass: no answer, 408, 429, 5xx, a cut.
+def retry(described: str, action, limit_s: float = math.inf):
+    """The result of `action()`, which is repeated after temporary errors.
 
-    Raises UserError at once for what will not pass, after `tries` attempts, and after `patience_s`
-    unless the Hub says how long to wait.
+    described: the beginning of the messages
+    limit_s: after which it is not repeated, unless the Hub's answer says how long to wait
+    Raises UserError for a permanent error, and after TRIES attempts.
     """
-    began = time.monotonic()
-    for attempt in range(1, tries + 1):
+    start = time.monotonic()
+    for attempt in range(1, TRIES + 1):
         try:
             return action()
         except UserError:
             raise
         except Exception as error:
-            reason, wait = judge(error)
+            reason, wait = classify_error(error)
             if wait is None:
-                raise UserError(f"{what}: {reason}") from None
-            if attempt == tries or (not wait and time.monotonic() - began > patience_s):
+                raise UserError(f"{described}: {reason}") from None
+            if attempt == TRIES or (not wait and time.monotonic() - start > limit_s):
                 raise UserError(
-                    f"{what}: {reason}; gave up after {attempt} attempts; run the same command "
-                    "again to go on from here"
+                    f"{described}: {reason}; stopped after {attempt} attempts; run the same "
+                    "command again to continue after the last finished shard"
                 ) from None
             wait = max(wait, min(60, 2 ** (attempt - 1)))
-            say(f"{what}: {reason}; trying again in {wait:.0f} s")
+            print_rank(f"{described}: {reason}; trying again in {wait:.0f} s")
             time.sleep(wait)
 
 
-def judge(error: Exception) -> tuple[str, float | None]:
-    """(what went wrong in a few words, the least seconds to wait; None where waiting is no use)."""
-    from huggingface_hub.constants import ENDPOINT
-
+def classify_error(error: Exception) -> tuple[str, float | None]:
+    """(reason in a few words, minimum seconds before another attempt; None if it is permanent)."""
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
         causes.append(cause)
     for cause in causes:
-        full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if full or "(os error 28)" in str(cause):  # as hf_xet says it
-            return "no room on the disk; make some and run the same command again", None
-        # `datasets` keeps no more of it than the name.
+        disk_full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if disk_full or "(os error 28)" in str(cause):  # hf_xet's words for it
+            return "the disk is full; make room and run the same command again", None
+        # `datasets` keeps only the name of this exception.
         if "OfflineModeIsEnabled" in f"{type(cause).__name__} {cause}":
-            return "not here, and HF_HUB_OFFLINE forbids to fetch it; unset that", None
+            return "not on this machine, and HF_HUB_OFFLINE forbids to download it; unset it", None
         if (response := getattr(cause, "response", None)) is not None:
-            status, headers = response.status_code, response.headers
-            site = str(response.request.url).startswith(ENDPOINT) or "x-error-code" in headers
-            if status == 403 and not site:
-                return "the address of the file expired (HTTP 403)", 0  # the next one is new
-            if status in (401, 403):
-                return f"{no_access()} (HTTP {status})", None
-            if status == 404 and cause is error:
-                return "not on the Hub (HTTP 404); check its name", None
-            if status == 404:
-                continue  # how `datasets` finds out which files there are, long before
-            if status in (408, 416, 429) or status >= 500:
-                after = headers.get("retry-after", "")
-                return f"HTTP {status} from the Hub", float(after) if after.isdigit() else 0
-            return f"HTTP {status} from the Hub, which refuses this", None
-    reason = " ".join(str(error).split()) or type(error).__name__
-    for cause in causes:
-        if type(cause).__module__.startswith("httpx") and not hasattr(cause, "response"):
+            if response.status_code == 404 and cause is not error:
+                continue  # `datasets` asks for optional files, and finds out that way
+            return _classify_response(response)
+        if type(cause).__module__.startswith("httpx"):
             return f"no answer from the Hub ({cause}); check the network", 0
     if type(error).__name__ == "DatasetNotFoundError":
-        return no_access() if "doesn't exist" in reason else f"{reason} {no_access()}", None
-    if isinstance(error, json.JSONDecodeError):
-        return "an answer that is not the Hub's; check the network", 0
+        return _no_access(), None
+    reason = " ".join(str(error).split()) or type(error).__name__
     if reason.startswith(("BuilderConfig ", "Config name is missing")):
-        return f"{reason.split(' Example of usage')[0]}; choose one by --name", None
-    if isinstance(error, OSError) and error.filename:  # a file here, not on the Hub
-        return f"{error.filename}: {error.strerror}", None
-    lasting = type(error) is FileNotFoundError or type(error).__module__.startswith("datasets.")
-    if isinstance(error, OSError) and not lasting:
-        return f"{reason}; check the network", 0
-    return reason, None  # `datasets` cannot make sense of it: its words are the best there are
+        return f"{reason.split(' Example of usage')[0]}; choose one with --name", None
+    # `datasets` says why it cannot read a dataset.
+    of_datasets = type(error).__module__.startswith("datasets.") or type(error) is FileNotFoundError
+    of_network = isinstance(error, OSError) and not error.filename and not of_datasets
+    # JSONDecodeError: a network that wants a login answers in the place of the Hub.
+    if of_network or isinstance(error, json.JSONDecodeError):
+        return f"no valid answer from the Hub ({reason}); check the network", 0
+    return reason, None
 
 
-def no_access() -> str:
-    """What to say where the Hub refuses a dataset."""
+def _classify_response(response) -> tuple[str, float | None]:
+    """`classify_error` of an HTTP response."""
+    from huggingface_hub.constants import ENDPOINT
+
+    status, headers = response.status_code, response.headers
+    from_hub = str(response.request.url).startswith(ENDPOINT) or "x-error-code" in headers
+    if status == 403 and not from_hub:
+        return "the address of the file expired (HTTP 403)", 0  # each attempt asks for a new one
+    if status in (408, 416, 429) or status >= 500:
+        after = headers.get("retry-after", "")
+        return f"HTTP {status} from the Hub", float(after) if after.isdigit() else 0
+    return f"{_no_access()} (HTTP {status})", None
+
+
+def _no_access() -> str:
+    """The reason and the remedies if the Hub refuses a dataset or a file."""
     from huggingface_hub import get_token
 
-    known = "the HF_TOKEN given" if get_token() else "no HF_TOKEN"
+    token = "the given HF_TOKEN" if get_token() else "no HF_TOKEN"
     return (
-        f"no such dataset on the Hub, or no access to it with {known}; check its name, accept its "
-        "terms there, set HF_TOKEN"
+        f"not on the Hub, or no access to it with {token}; check its name, accept its terms on the "
+        "Hub, set HF_TOKEN"
     )

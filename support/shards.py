@@ -1,0 +1,294 @@
+"""Reading token shards: one stream of tokens per split, the manifest, a permutation of an epoch.
+
+A directory of shards holds `.npy` files (numpy's, as fineweb.py writes them) and `.bin` files
+(llm.c's), with `train` or `val` in each name. fineweb.py adds `manifest.json`, which lists the
+shards with their sizes and SHA-256 hashes; a directory that other programs wrote has none.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from support import tokenizer
+from support.errors import SettingError, UserError
+from support.files import sha256
+from support.launch import print0
+
+ROOT = Path(__file__).resolve().parent.parent
+MANIFEST = "manifest.json"
+SUFFIXES = (".npy", ".bin")
+# What reading a manifest raises if it is damaged or another program's file of that name.
+MANIFEST_ERRORS = (OSError, ValueError, KeyError, TypeError, RecursionError)
+REBUILD = "run the same fineweb.py command again: it rebuilds missing and altered shards"
+GET_DATA = (
+    'run "python fineweb.py" for the real data, or "python train_gpt2.py tiny" to see a GPT learn'
+)
+
+# -------------------------------------------------------------------------------------------------
+# Streams of tokens
+
+
+class TokenStream:
+    """The tokens of one split as if its shards were one array. Shards may be memory-mapped.
+
+    shards: uint16 arrays in the order of the stream; names: the file of each
+    """
+
+    def __init__(self, shards: list[np.ndarray], names: list[str]):
+        self.shards, self.names = shards, names
+        self.starts = np.cumsum([0] + [len(shard) for shard in shards])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def _shard_of(self, position: int) -> int:
+        """The index of the shard that holds token `position`."""
+        return int(np.searchsorted(self.starts, position, side="right")) - 1
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop), uint16, which may lie in several shards.
+
+        Raises UserError if the file of one is missing or shorter than when it was opened.
+        """
+        index, pieces = self._shard_of(start), []
+        while start < stop:
+            shard, first = self.shards[index], self.starts[index]
+            if isinstance(shard, np.memmap):
+                self._validate_file(index)
+            end = min(stop, int(self.starts[index + 1]))
+            pieces.append(shard[start - first : end - first])
+            start, index = end, index + 1
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _validate_file(self, index: int) -> None:
+        """Raises UserError if a mapped file is too short: reading it would end in SIGBUS."""
+        shard = self.shards[index]
+        size, path = shard.offset + shard.nbytes, shard.filename
+        found = os.path.getsize(path) if os.path.isfile(path) else None
+        if found is None or found < size:
+            problem = "No such file" if found is None else f"{found:,} bytes"
+            raise UserError(
+                f"{self.names[index]}: {problem}, but {size:,} bytes when the run began; "
+                "put it back and run the same command again"
+            )
+
+    def name_of(self, position: int) -> str:
+        """The file that token `position` comes from."""
+        return self.names[self._shard_of(position)]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the length and of 16 M tokens in 1,024 places, or of all if there are fewer."""
+        digest = hashlib.sha256(str(len(self)).encode())
+        distance = math.ceil(len(self) / 1024)
+        for start in range(0, len(self), max(1, distance)):
+            stop = min(start + min(distance, 16384), len(self))
+            digest.update(self.read(start, stop).astype("<u2").tobytes())
+        return digest.hexdigest()[:16]
+
+
+def open_splits(data: str) -> dict[str, TokenStream]:
+    """{"train": stream, "val": stream} of a directory of shards, or of a `.txt` file.
+
+    The last tenth of a text is "val". Raises SettingError if `data` is neither, if a split has no
+    shard, or for a manifest that the files do not match; UserError for a shard that is not valid.
+    """
+    path = find_data(data)
+    if path.is_file() and path.suffix == ".txt":
+        return _tokenize_text(path)
+    if path.is_file():
+        raise SettingError(f"data={data!r}: neither a directory of shards nor a .txt file")
+    if not path.is_dir():
+        raise SettingError(f"data={data!r}: no such directory or file; {GET_DATA}")
+    load_manifest(path)
+    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+    streams = {}
+    for split, other in (("train", "val"), ("val", "train")):
+        names = [str(file) for file in files if split in file.name]
+        if both := [name for name in names if other in Path(name).name]:
+            raise SettingError(f"{both[0]}: both train and val in the name; rename it")
+        if not names:
+            raise SettingError(
+                f"data={data!r}: no shards (.npy, .bin) with {split!r} in the name; {GET_DATA}"
+            )
+        streams[split] = TokenStream([open_shard(Path(name)) for name in names], names)
+    return streams
+
+
+def check_lengths(data: str, streams: dict[str, TokenStream], T: int) -> None:
+    """Raises SettingError if a split has less than one window of T tokens and its next token."""
+    for split, tokens in streams.items():
+        if len(tokens) <= T:
+            raise SettingError(
+                f"data={data!r}: {len(tokens)} tokens of {split!r} are too few for a window "
+                f"of T={T} and its next token; give more text or a smaller T"
+            )
+
+
+def find_data(data: str) -> Path:
+    """A path as given, or in the repository if it is relative and does not exist here."""
+    in_repository = ROOT / data
+    return in_repository if not Path(data).exists() and in_repository.exists() else Path(data)
+
+
+def _tokenize_text(path: Path) -> dict[str, TokenStream]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError(f"{path}: {error}; use a UTF-8 text file") from None
+    tokens = np.array(tokenizer.get_encoding().encode_ordinary(text), dtype=np.uint16)
+    cut = len(tokens) * 9 // 10
+    parts = {"train": tokens[:cut], "val": tokens[cut:]}
+    return {split: TokenStream([part], [str(path)]) for split, part in parts.items()}
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """A memory-mapped uint16 array (tokens,) of a `.npy` or `.bin` shard.
+
+    Raises UserError if the file is not a complete shard of GPT-2 tokens.
+    """
+    try:
+        if path.suffix == ".npy":
+            shard = np.lib.format.open_memmap(path, mode="r")
+        else:
+            header = np.fromfile(path, dtype="<i4", count=256)
+            if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
+                raise ValueError("no llm.c header (256 int32, magic 20240520, version 1)")
+            if path.stat().st_size != 1024 + 2 * int(header[2]):
+                raise ValueError(f"truncated: its header promises {int(header[2]):,} tokens")
+            shard = np.memmap(path, dtype="<u2", mode="r", offset=1024)
+    except Exception as error:  # numpy's parser of a damaged header raises anything
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not a valid shard: {reason}; make it again") from None
+    if shard.dtype != np.uint16 or shard.ndim != 1:
+        raise UserError(
+            f"{path}: {shard.dtype} of {shard.ndim} dimensions instead of uint16 of one; "
+            "use shards of GPT-2 tokens"
+        )
+    return shard
+
+
+# -------------------------------------------------------------------------------------------------
+# The manifest
+
+
+def load_manifest(directory: Path) -> dict | None:
+    """The manifest of a directory of shards; None if another program wrote the directory.
+
+    `shards` has one entry for each shard, in the order of the stream: `file`, `split`, `tokens`,
+    `bytes`, `sha256`. Raises SettingError if fineweb.py has not finished the directory, if the
+    manifest is damaged, and if a shard is missing, has another size or is not listed.
+    """
+    path = directory / MANIFEST
+    if not path.exists():
+        if any(directory.glob("manifest*.json")):
+            raise SettingError(
+                f"data={str(directory)!r}: unfinished, {MANIFEST} is missing; run the same "
+                "fineweb.py command again, which continues where it stopped"
+            )
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        validate_entries(manifest["shards"])
+    except MANIFEST_ERRORS as error:
+        raise manifest_error(path, error) from None
+    sizes = {shard["file"]: shard["bytes"] for shard in manifest["shards"]}
+    for name, size in sizes.items():
+        file = directory / name
+        if not file.is_file():
+            raise SettingError(f"{file}: listed in {MANIFEST}, but missing; {REBUILD}")
+        if (found := file.stat().st_size) != size:
+            raise SettingError(f"{file}: {found:,} bytes, but {size:,} in {MANIFEST}; {REBUILD}")
+    for file in sorted(directory.iterdir()):
+        if file.suffix in SUFFIXES and file.name not in sizes:
+            raise SettingError(f"{file}: not listed in {MANIFEST}; move it elsewhere")
+    return manifest
+
+
+def manifest_error(path: Path, error: Exception) -> SettingError:
+    """The error to raise for a manifest that is damaged."""
+    reason, directory = f"{type(error).__name__}: {str(error)[:100]}", str(path.parent)
+    return SettingError(
+        f"{path}: damaged ({reason}); remove {directory!r} and run fineweb.py again, or choose "
+        "another directory"
+    )
+
+
+def validate_entries(shards: list[dict]) -> None:
+    """Raises one of MANIFEST_ERRORS if a manifest's list of shards is not valid."""
+    types = {"file": str, "split": str, "sha256": str, "tokens": int, "bytes": int}
+    for shard in shards:
+        if wrong := [key for key, expected in types.items() if type(shard[key]) is not expected]:
+            raise TypeError(f"{wrong[0]} of a shard is {shard[wrong[0]]!r}")
+        if Path(shard["file"]).name != shard["file"] or len(shard["file"]) > 255:
+            raise ValueError(f"{shard['file']!r} is not the name of a file")
+    if len({shard["file"] for shard in shards}) < len(shards):
+        raise ValueError("a shard is listed twice")
+
+
+def is_intact(path: Path, shard: dict) -> bool:
+    """Whether a file has the size and the SHA-256 of a shard's entry in the manifest."""
+    size = path.stat().st_size if path.is_file() else -1
+    return size == shard["bytes"] and sha256(path) == shard["sha256"]
+
+
+def find_intact(directory: Path, shards: list[dict]) -> list[bool]:
+    """Whether the file of each entry of a manifest is intact."""
+    with ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter lock
+        return list(pool.map(lambda shard: is_intact(directory / shard["file"], shard), shards))
+
+
+def verify_shards(data: str, rank: int, world_size: int, sum_over_ranks) -> None:
+    """Compares the shards with the hashes in their manifest, if there is one; each rank a part.
+
+    sum_over_ranks: a function from a list of float to the list of the sums over all ranks
+    Raises SettingError, on all ranks, if a shard was altered.
+    """
+    path, start = find_data(data), time.perf_counter()
+    manifest = load_manifest(path) if path.is_dir() else None
+    if manifest is None:
+        return
+    shards = manifest["shards"]
+    altered = [0.0] * len(shards)
+    mine = range(rank, len(shards), world_size)
+    for i, intact in zip(mine, find_intact(path, [shards[i] for i in mine])):
+        altered[i] = float(not intact)
+    for shard, count in zip(shards, sum_over_ranks(altered)):
+        if count:
+            raise SettingError(f"{path / shard['file']}: altered (SHA-256); {REBUILD}")
+    print0(f"{data}: verified {len(shards)} shards ({time.perf_counter() - start:.1f} s)")
+
+
+# -------------------------------------------------------------------------------------------------
+# The order of an epoch
+
+
+def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """The image of each index under a random permutation of range(n), fixed by (seed, epoch).
+
+    index, result: int64 (count,)
+    A Feistel network: swap and mix the halves of the index's bits, eight times; a result of n or
+    more passes through it again, so that range(n) maps onto itself. It needs no memory for any n,
+    and no state to resume. (Black and Rogaway 2002, "Ciphers with arbitrary finite domains".)
+    """
+    keys = np.random.SeedSequence(seed, spawn_key=(epoch,)).generate_state(8, np.uint64)
+    half = np.uint64(((n - 1).bit_length() + 1) // 2)
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    result = index.astype(np.uint64)
+    outside = np.ones(len(result), dtype=bool)
+    while outside.any():
+        left, right = result[outside] >> half, result[outside] & mask
+        for key in keys:
+            mixed = (right + key) * np.uint64(0xBF58476D1CE4E5B9)  # splitmix64's finalizer
+            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            left, right = right, left ^ ((mixed >> np.uint64(31)) & mask)
+        result[outside] = (left << half) | right
+        outside = result >= n
+    return result.astype(np.int64)
