@@ -1,25 +1,29 @@
 """GPT-2 in Hugging Face's layout, read and written without importing `transformers`.
 
-The layout differs from ours in two things: the four matrices of a block are stored transposed
-(OpenAI wrote them as Conv1D), and the embedding has no spare rows. `save` writes all that
-`AutoModelForCausalLM`, `AutoTokenizer`, vLLM and llama.cpp's converter look for.
+The layout differs from that of `GPT` in two ways: the four matrices of a block are stored
+transposed (OpenAI wrote them as Conv1D), and the embedding has no padding rows.
 """
 
-import functools
+import dataclasses
 import json
 import re
 import shutil
 import sys
 from pathlib import Path
 
-from support.checkpoint import list_checkpoints, newest_whole
+import torch
+from torch.nn import functional as F
+
+from support import checkpoint
 from support.errors import UserError
 from support.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, save_tokenizer
 
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first one that exists is read
 TRANSPOSED = re.compile(r"\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
-CAUSAL_MASK = re.compile(r"\.attn\.(bias|masked_bias)$")  # a buffer of old files, no parameter
-# What our GPT computes; a GPT-2 directory that asks for anything else is refused.
+CAUSAL_MASK = re.compile(r"\.attn\.(bias|masked_bias)$")  # a buffer in old files, not a parameter
+WTE, WPE, HEAD = "transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"
+# The function that `GPT` computes; a directory with other values is refused.
 FUNCTION = {
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
@@ -27,135 +31,179 @@ FUNCTION = {
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
 }
+NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+SPECIAL_IDS = {"bos_token_id": END_OF_TEXT_ID, "eos_token_id": END_OF_TEXT_ID}
 
 
-def save(directory: Path, shape: dict, weights: dict) -> None:
-    """Writes the configuration, `model.safetensors` and the tokenizer's files.
+class SkipInit(torch.overrides.TorchFunctionMode):
+    """A context that skips all of `torch.nn.init`, for a model whose weights are then loaded."""
 
-    shape: vocab_size, n_positions, n_embd, n_layer, n_head, tie_word_embeddings
-    weights: {OpenAI's parameter name, without spare rows: tensor in nn.Linear's layout}
-    """
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+def padding_rows(model) -> dict:
+    """{parameter: its rows from vocab_size on}, which `save_model` leaves out."""
+    c = model.config
+    return {n: model.get_parameter(n)[c.vocab_size :].detach().clone() for n in c.vocab_weights}
+
+
+def find_non_finite(model) -> str | None:
+    """The name of a parameter that holds a NaN or an infinity, if there is one."""
+    return next((n for n, p in model.named_parameters() if not p.isfinite().all()), None)
+
+
+# -------------------------------------------------------------------------------------------------
+# Writing
+
+
+def save_model(model, directory) -> None:
+    """Writes a directory that `AutoModelForCausalLM`, `AutoTokenizer`, vLLM and llama.cpp read."""
     from safetensors.torch import save_file
 
-    special = {"bos_token_id": END_OF_TEXT_ID, "eos_token_id": END_OF_TEXT_ID}
-    config = {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        **shape,
-        "n_ctx": shape["n_positions"],
-        "n_inner": None,
-        **FUNCTION,
-        "initializer_range": 0.02,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-        **special,
-        "dtype": "float32",
-        "torch_dtype": "float32",  # the name that transformers 4 and llama.cpp read
-    }
-    tensors = {
-        name: (tensor.t() if TRANSPOSED.search(name) else tensor)
-        .detach()
-        .cpu()
-        .float()
-        .contiguous()
-        for name, tensor in weights.items()
-    }
+    c, tensors = model.config, {}
+    for name, tensor in model.state_dict().items():
+        if name == HEAD and c.tied:
+            continue
+        tensor = tensor[: c.vocab_size] if name in c.vocab_weights else tensor
+        tensor = tensor.t() if TRANSPOSED.search(name) else tensor
+        tensors[name] = tensor.detach().cpu().float().contiguous()
     directory = Path(directory)
-    for name, content in (("config", config), ("generation_config", special)):
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in (("config", _build_config(c)), ("generation_config", SPECIAL_IDS)):
         (directory / f"{name}.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     shutil.copymode(directory / "config.json", directory / "model.safetensors")  # else private
-    save_tokenizer(directory, model_max_length=shape["n_positions"])
+    save_tokenizer(directory, model_max_length=c.block_size)
 
 
-def read_shape(source: str) -> tuple[Path, dict]:
-    """(directory, shape) of a GPT-2; nothing of it is loaded yet. `load` says what `source` can be.
+def _build_config(c) -> dict:
+    """The content of config.json; `transformers` ignores gpt_config."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": c.vocab_size,
+        "n_positions": c.block_size,
+        "n_embd": c.n_embd,
+        "n_layer": c.n_layer,
+        "n_head": c.n_head,
+        "tie_word_embeddings": c.tied,
+        "n_ctx": c.block_size,
+        "n_inner": None,
+        **FUNCTION,
+        "initializer_range": 0.02,
+        **NO_DROPOUT,
+        **SPECIAL_IDS,
+        "dtype": "float32",
+        "torch_dtype": "float32",  # the name that transformers 4 and llama.cpp read
+        "gpt_config": dataclasses.asdict(c),
+    }
 
-    shape: as `save` takes it, but as config.json has it
+
+# -------------------------------------------------------------------------------------------------
+# Reading
+
+
+def load_model(model_class, config_class, source: str, block_size: int | None = None):
+    """The `model_class(config_class(...))` of a source of `read_config`, its weights in float32.
+
+    The configuration is the one that `save_model` wrote, or that of a GPT-2 from elsewhere, without
+    ids above those of GPT-2. The padding rows are zero.
+    block_size: keep only so many positions
+    Raises UserError if the source is not such a model, is damaged, or has fewer positions.
     """
-    directory = find(source)
+    directory, saved = read_config(str(source))
+    positions = saved["n_positions"]
+    if block_size is not None and block_size > positions:
+        raise UserError(f"T={block_size}: {source} has only {positions} positions")
+    weights = _read_weights(source, directory, saved)
+    try:
+        values = (saved.get("gpt_config") or {}) | {
+            "block_size": block_size or positions,
+            "vocab_size": min(saved["vocab_size"], VOCAB_SIZE),  # others are padding, or new tokens
+            **{name: saved[name] for name in ("n_layer", "n_head", "n_embd")},
+            "tied": weights[HEAD].equal(weights[WTE]),  # as transformers does
+        }
+        config = config_class(**values)
+    except TypeError as error:
+        raise UserError(f"{source}: made by another version of the model: {error}") from None
+    for name in config.vocab_weights:
+        padding = config.padded_vocab_size - config.vocab_size
+        weights[name] = F.pad(weights[name][: config.vocab_size], (0, 0, 0, padding))
+    if config.tied:
+        weights[HEAD] = weights[WTE]
+    if WPE in weights:
+        weights[WPE] = weights[WPE][: config.block_size]
+    with SkipInit():
+        model = model_class(config)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{source}: not this GPT-2: {error}") from None
+    return model
+
+
+def find_model(source: str) -> tuple[str, Path, dict]:
+    """(name, directory, config.json) of a model with GPT-2's vocabulary; see `read_config`.
+
+    name: `source`, or the directory of the checkpoint that was chosen in it
+    """
+    directory, config = read_config(source)
+    if config["vocab_size"] < VOCAB_SIZE:
+        raise UserError(
+            f"{source}: has {config['vocab_size']:,} tokens, and GPT-2's tokenizer {VOCAB_SIZE:,}; "
+            "choose another model"
+        )
+    return str(directory) if Path(source).is_dir() else source, directory, config
+
+
+def read_config(source: str) -> tuple[Path, dict]:
+    """(directory, config.json) of a GPT-2, without reading its weights.
+
+    source: a directory with `config.json` and one of `WEIGHT_FILES`, or a directory of checkpoints
+        (the newest valid one is read), or one of `HUB_NAMES` or any `owner/name` of the Hub
+    Raises UserError: unknown model, no network, another architecture.
+    """
+    directory = _find_directory(source)
     path = directory / "config.json"
     if not path.exists():
         raise UserError(
             f"{directory}: no config.json and no step_NNNNN/ in it; not a model directory"
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: {error}; not a model directory") from None
-    config = config if isinstance(config, dict) else {}
-    if config.get("model_type") != "gpt2":
-        kind = config.get("model_type")
+    _validate_config(source, config)
+    return directory, config
+
+
+def _validate_config(source: str, config: dict) -> None:
+    """Raises UserError if the content of a config.json is not that of a GPT-2."""
+    if (kind := config.get("model_type")) != "gpt2":
         raise UserError(f"{source}: model_type in config.json is {kind!r}, and not 'gpt2'")
     for name, value in FUNCTION.items():
         if config.get(name, value) != value:
             raise UserError(f"{source}: {name} is {config[name]!r}; GPT-2 has {value!r}")
-    shape = {}
     for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
         if not isinstance(config.get(name), int) or config[name] < 1:
             raise UserError(f"{source}: {name} in config.json is {config.get(name)!r}")
-        shape[name] = config[name]
-    if shape["n_embd"] % shape["n_head"]:
-        raise UserError(
-            f"{source}: n_embd={shape['n_embd']} is no multiple of n_head={shape['n_head']}"
-        )
-    if config.get("n_inner") not in (None, 4 * shape["n_embd"]):
+    n_embd, n_head = config["n_embd"], config["n_head"]
+    if n_embd % n_head:
+        raise UserError(f"{source}: n_embd={n_embd} is not a multiple of n_head={n_head}")
+    if config.get("n_inner") not in (None, 4 * n_embd):
         raise UserError(f"{source}: n_inner is {config['n_inner']}; GPT-2 has 4 * n_embd")
-    shape["tie_word_embeddings"] = config.get("tie_word_embeddings", True)
-    return directory, shape
 
 
-def load(source: str) -> tuple[dict, dict]:
-    """(shape, weights) of a GPT-2, as `save` takes them, float32; ids above GPT-2's are left out.
-
-    source: a directory with `config.json` and `model.safetensors` or `pytorch_model.bin`, or one of
-        checkpoints (the newest whole one is taken), or one of `HUB_NAMES` or any `owner/name` of
-        the Hub (the one thing here that needs the network).
-    Raises UserError: no such model, no network, another architecture, a damaged or non-finite file.
-    """
-    directory, shape = read_shape(source)
-    weights = {}
-    for name, tensor in read_tensors(directory).items():
-        if CAUSAL_MASK.search(name):
-            continue
-        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-        tensor = tensor.float()
-        if not tensor.isfinite().all():
-            raise UserError(f"{source}: {name} holds NaN or inf; the file is damaged")
-        weights[name] = tensor.t() if TRANSPOSED.search(name) else tensor
-    for name, rows in (("wte", shape["vocab_size"]), ("wpe", shape["n_positions"])):
-        tensor = weights.get(f"transformer.{name}.weight")
-        if tensor is None or tensor.shape != (rows, shape["n_embd"]):
-            found = None if tensor is None else tuple(tensor.shape)
-            raise UserError(
-                f"{source}: not this GPT-2: transformer.{name}.weight is {found}, and not "
-                f"{(rows, shape['n_embd'])} as its config.json says"
-            )
-    tied = shape["tie_word_embeddings"]
-    head = weights.get("lm_head.weight", weights["transformer.wte.weight"] if tied else None)
-    if head is None or head.shape != weights["transformer.wte.weight"].shape:
-        found = None if head is None else tuple(head.shape)
-        raise UserError(f"{source}: not this GPT-2: its output head, lm_head.weight, is {found}")
-    # What the file holds counts: `transformers` does not tie two matrices that differ, either.
-    shape["tie_word_embeddings"] = head.equal(weights["transformer.wte.weight"])
-    if shape["tie_word_embeddings"]:
-        weights.pop("lm_head.weight", None)
-    if shape["vocab_size"] > VOCAB_SIZE:  # padding, or tokens that GPT-2's tokenizer does not have
-        shape["vocab_size"] = VOCAB_SIZE
-        for name in ("transformer.wte.weight", "lm_head.weight"):
-            if name in weights:
-                weights[name] = weights[name][:VOCAB_SIZE]
-    return shape, weights
-
-
-def find(source: str) -> Path:
-    """The directory of a model: itself, its newest checkpoint, or the Hub's copy, fetched once."""
+def _find_directory(source: str) -> Path:
+    """The directory itself, its newest checkpoint, or the local copy of a model of the Hub."""
     directory = Path(source)
+    if (directory / "config.json").exists():
+        return directory
     if directory.is_dir():
-        if (directory / "config.json").exists() or not list_checkpoints(directory):
-            return directory
-        return newest_whole(directory, say=functools.partial(print, file=sys.stderr))
+        return checkpoint.newest_valid(directory, file=sys.stderr) or directory
     if source not in HUB_NAMES and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
         names = ", ".join(HUB_NAMES)
         raise UserError(f"{source!r} is neither a directory nor one of {names} nor owner/name")
@@ -165,7 +213,7 @@ def find(source: str) -> Path:
         raise UserError("huggingface_hub is not installed: pip install huggingface_hub") from None
     name = f"openai-community/{source}" if source in HUB_NAMES else source
     try:
-        for weights in ("model.safetensors", "pytorch_model.bin"):  # some old ones have no first
+        for weights in WEIGHT_FILES:  # some old models have only the second one
             directory = Path(snapshot_download(name, allow_patterns=["config.json", weights]))
             if (directory / weights).exists():
                 break
@@ -173,20 +221,50 @@ def find(source: str) -> Path:
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(
-            f"{source!r} cannot be had from the Hugging Face Hub ({reason}); "
+            f"{source!r} cannot be downloaded from the Hugging Face Hub ({reason}); "
             "without a network, name a local directory instead"
         ) from None
 
 
-def read_tensors(directory: Path) -> dict:
-    """{name: tensor} of `model.safetensors`, or of an old `pytorch_model.bin` (no code is run)."""
-    import torch
+def _read_weights(source: str, directory: Path, config: dict) -> dict:
+    """{OpenAI's parameter name: tensor in the layout of nn.Linear, float32}, always with the head.
+
+    Raises UserError if they are damaged or contradict config.json.
+    """
+    tensors, weights = _read_tensors(directory), {}
+    prefix = "transformer." if "wte.weight" in tensors else ""  # a file of transformers' GPT2Model
+    for name, tensor in tensors.items():
+        if CAUSAL_MASK.search(name):
+            continue
+        name = name if name == HEAD else prefix + name
+        tensor = tensor.float()
+        if not tensor.isfinite().all():
+            raise UserError(f"{source}: {name} holds NaN or inf; the file is damaged")
+        weights[name] = tensor.t() if TRANSPOSED.search(name) else tensor
+    if config.get("tie_word_embeddings", True) and WTE in weights:
+        weights.setdefault(HEAD, weights[WTE])
+    vocab_shape = (config["vocab_size"], config["n_embd"])
+    shapes = {WTE: vocab_shape, HEAD: vocab_shape}
+    if WPE in weights:  # else the model is edited, or loading the weights fails
+        shapes[WPE] = (config["n_positions"], config["n_embd"])
+    for name, shape in shapes.items():
+        found = tuple(weights[name].shape) if name in weights else None
+        if found != shape:
+            raise UserError(
+                f"{source}: not this GPT-2: {name} is {found}, and not {shape} as its config.json "
+                "says"
+            )
+    return weights
+
+
+def _read_tensors(directory: Path) -> dict:
+    """{name: tensor} of the first of `WEIGHT_FILES`; code in a pickle file is not executed."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = directory / "model.safetensors"
-    if not path.exists():
-        path = directory / "pytorch_model.bin"
+    path = next((p for name in WEIGHT_FILES if (p := directory / name).exists()), None)
+    if path is None:
+        raise UserError(f"{directory}: neither {' nor '.join(WEIGHT_FILES)}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -194,10 +272,8 @@ def read_tensors(directory: Path) -> dict:
         if not all(isinstance(tensor, torch.Tensor) for tensor in dict(tensors).values()):
             raise ValueError("not a plain {name: tensor}")
         return tensors
-    except FileNotFoundError:
-        raise UserError(f"{directory}: neither model.safetensors nor pytorch_model.bin") from None
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, EOFError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: {reason}; damaged, or another program's") from None
-    except Exception as error:  # pickle.UnpicklingError: more than tensors in it
+        raise UserError(f"{path}: {reason}; damaged, or of another program") from None
+    except Exception as error:  # pickle.UnpicklingError: the file holds more than tensors
         raise UserError(f"{path}: refused, not plain tensors ({type(error).__name__})") from None

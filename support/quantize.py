@@ -1,23 +1,26 @@
 """GPT-2 with its matrices in 8 bits, for sampling and scoring: a quarter of the memory.
 
-Each row of a matrix (an output channel; in the embedding, an id) is whole numbers up to 127 times a
-scale of its own. Only the weights are rounded, not what they are multiplied with. The embedding and
-the head that is tied to it are among them; positions, norms and biases stay as they are.
+Each row of a matrix (an output channel; in the embedding, an id) is stored as integers from -127 to
+127 and one scale. Only weights are rounded, not activations. The token embedding and the head that
+is tied to it are included; positions, norms and biases are unchanged.
 
-On a CPU with bfloat16 units a product with few rows, one token of some texts, is done by PyTorch's
-own kernel on the 8 bits: reading the weights is what takes the time there. All other products turn
-the matrix at hand into the model's dtype first.
+On a CPU that multiplies bfloat16, a product with few rows, as for the next token of a few texts, is
+limited by reading the weights, and PyTorch has a kernel that reads them in 8 bits. All other
+products first convert the matrix to the model's dtype.
 """
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from support.devices import dtype_name, matmul_dtype
+from support.distributed import Runtime
+
 KERNEL_ROWS = 8  # most rows for which the kernel is the faster way, measured
 
 
 def round_rows(weight) -> tuple[torch.Tensor, torch.Tensor]:
-    """(int8 (N, K), bfloat16 (N,)): whole numbers, and the scales that make them `weight` again."""
+    """(integers, scales) whose product approximates `weight` (N, K): int8 (N, K), bfloat16 (N,)."""
     weight = weight.detach().float()
     scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-12).bfloat16()
     return (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
@@ -32,9 +35,7 @@ class Int8Linear(nn.Module):
             self.register_buffer(name, None if tensor is None else tensor.detach())
 
     def forward(self, x):
-        from train_gpt2 import product_dtype
-
-        x = x.to(product_dtype(x))
+        x = x.to(matmul_dtype(x))
         rows = x.flatten(0, -2)
         if x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(rows) <= KERNEL_ROWS:
             y = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale)
@@ -57,9 +58,10 @@ class Int8Embedding(nn.Module):
 
 
 def to_int8(model):
-    """The `GPT` itself, its matrices replaced by rounded ones: no longer to be trained or saved.
+    """Replaces the matrices of a `GPT` by rounded ones, and returns it.
 
-    `model.hidden`, `logits`, `forward` and `generate` work as before, in float32 and in autocast.
+    It can no longer be trained or saved; `hidden`, `logits`, `forward` and `generate` work as
+    before, in float32 and under autocast.
     """
     wte = round_rows(model.transformer.wte.weight)
     head = wte if model.config.tied else round_rows(model.lm_head.weight)
@@ -72,7 +74,13 @@ def to_int8(model):
     return model
 
 
-def bytes_of(model) -> int:
-    """Bytes of a model's parameters and buffers, each storage once."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+def prepare_for_inference(model, runtime: Runtime, int8: bool) -> str:
+    """Moves a `GPT` to the device of `runtime`, in 8 bits if `int8`.
+
+    Returns where and how it computes, e.g. "cpu in bfloat16, weights in int8".
+    """
+    if int8:
+        to_int8(model)
+    model.to(runtime.device).eval()
+    weights = ", weights in int8" if int8 else ""
+    return f"{runtime.device.type} in {dtype_name(runtime.dtype)}{weights}"

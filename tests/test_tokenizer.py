@@ -1,4 +1,4 @@
-"""The bundled tokenizer is GPT-2's: tiktoken's definition, transformers' ids, and no network."""
+"""The bundled tokenizer is GPT-2's: tiktoken's definition, transformers' ids, no network."""
 
 import base64
 import json
@@ -15,12 +15,12 @@ from support import tokenizer
 from support.errors import UserError
 
 ENCODING = tokenizer.get_encoding()
-CACHES = (tokenizer.load_ranks, tokenizer.get_encoding, tokenizer._tokenizer_files)
+CACHES = (tokenizer.load_ranks, tokenizer.get_encoding, tokenizer._vocabulary_files)
 
 
 @pytest.fixture
-def fresh_caches():
-    """A test that reads the files anew, and leaves nothing of what it read to the next one."""
+def empty_caches():
+    """For a test that reads the files again, and whose results later tests must not get."""
     for function in CACHES:
         function.cache_clear()
     yield
@@ -80,17 +80,17 @@ HOSTILE = {
 
 def test_definition_is_that_of_tiktoken(monkeypatch):
     """Pattern, ranks, special token, size and expected hash are those tiktoken publishes."""
-    asked = []
+    hashes = []
 
     def parse_bundled(url, expected_hash):
-        asked.append(expected_hash)
+        hashes.append(expected_hash)
         lines = (ROOT / "support" / "gpt2.tiktoken").read_text(encoding="ascii").splitlines()
         pairs = (line.split() for line in lines)
         return {base64.b64decode(token): int(rank) for token, rank in pairs}
 
     monkeypatch.setattr(openai_public, "load_tiktoken_bpe", parse_bundled)
     published = openai_public.r50k_base()
-    assert asked == [tokenizer.RANKS_SHA256]
+    assert hashes == [tokenizer.RANKS_SHA256]
     assert tokenizer.PATTERN == openai_public.r50k_pat_str == published["pat_str"]
     assert tokenizer.load_ranks() == published["mergeable_ranks"]
     assert ENCODING._pat_str == published["pat_str"]
@@ -100,14 +100,14 @@ def test_definition_is_that_of_tiktoken(monkeypatch):
     assert ENCODING.eot_token == tokenizer.END_OF_TEXT_ID
 
 
-@pytest.mark.parametrize("damage", ["one rank", "cut off", "missing"])
-def test_changed_ranks_are_refused(monkeypatch, tmp_path, fresh_caches, damage):
-    """A file of ranks that is not GPT-2's is named in the error, and nothing is made of it."""
+@pytest.mark.parametrize("change", ["one rank", "cut off", "missing"])
+def test_changed_ranks_are_refused(monkeypatch, tmp_path, empty_caches, change):
+    """A file of ranks that is not GPT-2's is refused with its name."""
     raw = (ROOT / "support" / "gpt2.tiktoken").read_bytes()
     changed = tmp_path / "changed.tiktoken"
-    if damage == "one rank":
+    if change == "one rank":
         changed.write_bytes(raw.replace(b" 50255\n", b" 50254\n"))
-    elif damage == "cut off":
+    elif change == "cut off":
         changed.write_bytes(raw[: len(raw) // 2])
     monkeypatch.setattr(tokenizer, "RANKS", changed)
     for use in (tokenizer.load_ranks, tokenizer.get_encoding):
@@ -127,7 +127,7 @@ def test_ids_and_text_are_those_of_transformers(auto, name):
 
 
 def test_every_id_decodes_as_in_transformers(auto):
-    """Single ids, of which many are no whole character, and <|endoftext|>."""
+    """Single ids, many of them an incomplete character, and <|endoftext|>."""
     ours = [ENCODING.decode([i]) for i in range(tokenizer.VOCAB_SIZE)]
     assert auto.batch_decode([[i] for i in range(tokenizer.VOCAB_SIZE)]) == ours
     assert ours[tokenizer.END_OF_TEXT_ID] == tokenizer.END_OF_TEXT
@@ -140,7 +140,7 @@ def test_known_ids():
 
 
 def test_special_token(auto):
-    """<|endoftext|> is one id where it is asked for, and ordinary characters where it is not."""
+    """<|endoftext|> is one id if special tokens are allowed, else ordinary characters."""
     text = "a<|endoftext|>b <|endoftext|>"
     special = ENCODING.encode(text, allowed_special={tokenizer.END_OF_TEXT})
     assert special == [64, 50256, 65, 220, 50256] == auto(text)["input_ids"]
@@ -150,7 +150,7 @@ def test_special_token(auto):
 
 
 def test_old_files_alone_make_the_same_tokenizer(directory, tmp_path):
-    """vocab.json and merges.txt, which other programs read, hold the same as tokenizer.json."""
+    """vocab.json and merges.txt, which other programs read, equal tokenizer.json."""
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((directory / name).read_bytes())
     old = AutoTokenizer.from_pretrained(tmp_path)
@@ -160,16 +160,16 @@ def test_old_files_alone_make_the_same_tokenizer(directory, tmp_path):
 
 
 def test_files_hold_the_context_length(directory, auto):
-    """The model's context is what tokenizer_config.json says, and AutoTokenizer reads it."""
+    """AutoTokenizer reads the model's context from tokenizer_config.json."""
     config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert config["model_max_length"] == auto.model_max_length == 640
 
 
-def test_nothing_is_downloaded(monkeypatch, tmp_path, fresh_caches):
-    """Encoding and files are made without one connection, and without tiktoken's own cache."""
+def test_nothing_is_downloaded(monkeypatch, tmp_path, empty_caches):
+    """Encoding and writing the files open no connection and need no cache of tiktoken."""
 
     def refuse(*arguments, **_):
-        raise AssertionError(f"a connection was tried: {arguments[1:]}")
+        raise AssertionError(f"attempt to connect: {arguments[1:]}")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)

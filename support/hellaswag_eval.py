@@ -1,0 +1,406 @@
+"""HellaSwag: which of four endings of a text has the lowest loss? Used in training and alone.
+
+Three styles, which give different scores:
+
+    completion  build-nanogpt's: the text unchanged; GPT-2 124M has acc 0.2859, acc_norm 0.2955
+    harness     lm-evaluation-harness's: cleaned text; GPT-2 124M has acc 0.2892, acc_norm 0.3114
+    choice      the endings are shown as A to D and the letter is scored: for larger models
+
+`acc` takes the ending with the lowest summed loss; `acc_norm` the one with the lowest loss per
+token (completion) or per character (harness).
+
+Source: Zellers et al. 2019 (the dataset); build-nanogpt's hellaswag.py, whose names are kept.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from support import tokenizer
+from support.distributed import Runtime
+from support.errors import UserError
+from support.files import replacing
+from support.launch import print0
+from support.shards import find_data
+
+STYLES = ("completion", "harness", "choice")
+FOLDER = Path(__file__).resolve().parent.parent / "hellaswag"
+URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{}.jsonl"
+EXAMPLES = {"train": 39905, "val": 10042, "test": 10003}
+# Tokens in one forward pass. On a CPU its working set should fit the caches.
+BATCH_TOKENS = {"cpu": 2048, "cuda": 32768, "mps": 16384}
+LOSS_CHUNK = {"cpu": 256, "cuda": 4096, "mps": 2048}  # positions whose logits exist at a time
+LENGTH_STEP = 8  # rows are padded to a multiple of it, to limit the number of shapes
+
+# -------------------------------------------------------------------------------------------------
+# Data
+
+
+def find_file(split: str = "val", data: str | None = None) -> Path:
+    """The file with the examples of a split, downloaded if it is missing or incomplete.
+
+    data: another file to use instead
+    Raises UserError if the file does not exist and cannot be downloaded.
+    """
+    if data is not None:
+        if not Path(data).is_file():
+            raise UserError(f"data={data!r}: no such file; python hellaswag.py downloads one")
+        return Path(data)
+    path = FOLDER / f"hellaswag_{split}.jsonl"
+    if not _is_complete(path, split):
+        _download_once(path, split)
+    return path
+
+
+def _is_complete(path: Path, split: str) -> bool:
+    """Whether a file has one line for each example of the split."""
+    return path.is_file() and path.read_bytes().count(b"\n") == EXAMPLES[split]
+
+
+def _download_once(path: Path, split: str) -> None:
+    """Downloads a split, in one process of this machine while the others wait for it."""
+    from filelock import FileLock, Timeout
+
+    try:
+        path.parent.mkdir(exist_ok=True)
+        lock = FileLock(path.with_name(f".{path.name}.lock"))
+        try:
+            with lock.acquire(blocking=False):
+                if not _is_complete(path, split):
+                    _download(path, split)
+        except Timeout:  # another process holds the lock; if it fails, this one would fail too
+            with lock:
+                if not _is_complete(path, split):
+                    raise UserError(f"{path}: another process could not download it") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; put the file there") from None
+
+
+def _download(path: Path, split: str) -> None:
+    """Downloads a split and writes it if it is complete."""
+    import urllib.request
+    from http.client import HTTPException  # an answer that is incomplete or not HTTP
+
+    url, expected = URL.format(split), EXAMPLES[split]
+    print0(f"downloading {url}")
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            content = response.read()
+        if (lines := content.count(b"\n")) != expected:
+            raise ValueError(f"{lines:,} lines instead of {expected:,}")
+    except (OSError, HTTPException, ValueError) as error:
+        raise UserError(
+            f"{path}: missing or incomplete, and {url} does not answer with the complete file "
+            f"({error}); put the file there"
+        ) from None
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+
+
+def read_examples(path: Path, limit: int = 0, labelled: bool = True) -> list[dict]:
+    """The examples of a file, or its first `limit`. Raises UserError if one is not valid.
+
+    labelled: False for the test split, whose answers are not public
+    """
+    examples, number = [], 0
+    try:
+        with open(path, "rb") as file:
+            for line in file:
+                number += 1
+                if line.strip():
+                    examples.append(_parse_example(line, labelled))
+                if len(examples) == limit > 0:
+                    break
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; cannot be read") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: line {number:,} is not a HellaSwag example ({error!r})") from None
+    if not examples:
+        raise UserError(f"{path}: no examples in it")
+    return examples
+
+
+def _parse_example(line: bytes, labelled: bool) -> dict:
+    """The example of a line, its label an int."""
+    example = json.loads(line)
+    endings = example["endings"]
+    texts = [example["activity_label"], example["ctx"], *endings]
+    texts += [example[name] for name in ("ctx_a", "ctx_b") if name in example]
+    if not isinstance(endings, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("activity_label, ctx and endings must be text")
+    if labelled:
+        example["label"] = int(example["label"])
+    if len(endings) != 4 or labelled and not 0 <= example["label"] < 4:
+        raise ValueError("there must be four endings, and label the index of one of them")
+    return example
+
+
+def iterate_examples(split: str):
+    """Yields the examples of a split (`train`, `val`, `test`) as dictionaries."""
+    yield from read_examples(find_file(split), labelled=split != "test")
+
+
+# -------------------------------------------------------------------------------------------------
+# Questions: an example in one of the styles, as tokens
+
+
+class Question(NamedTuple):
+    """One context and its four endings, as token ids."""
+
+    context: list[int]
+    endings: list[list[int]]
+    lengths: list[float]  # of each ending, by which acc_norm divides its loss
+    label: int
+
+
+def load_shared_questions(
+    data: str, examples: int, vocab_size: int, runtime: Runtime
+) -> list[Question]:
+    """The questions in style `completion`, the same on all ranks; [] if a rank cannot read them.
+
+    data: path of a .jsonl, here or in the repository; "": the validation set
+    examples: only the first ones; 0: all
+    vocab_size: of the model, which must be at least GPT-2's
+    Prints one line if the result is [].
+    """
+    if vocab_size < tokenizer.VOCAB_SIZE:
+        print0(f"HellaSwag is skipped: it needs GPT-2's vocabulary, the model has {vocab_size:,}")
+        return []
+    try:
+        path = find_file(data=str(find_data(data)) if data else None)
+        questions = [make_question(e, "completion") for e in read_examples(path, examples)]
+    except UserError as error:
+        print0(f"HellaSwag is skipped: {error}")
+        questions = []
+    ready = runtime.sum_float(bool(questions))
+    if questions and ready < runtime.world_size:
+        print0("HellaSwag is skipped: not all nodes have its data")
+    return questions if ready == runtime.world_size else []
+
+
+def make_question(example: dict, style: str) -> Question:
+    """An example as tokens, in one of STYLES."""
+    encode, endings = tokenizer.get_encoding().encode_ordinary, example["endings"]
+    if style == "completion":
+        context = encode(example["ctx"])
+        tokens = [encode(" " + ending) for ending in endings]
+        lengths = [len(ending) for ending in tokens]
+    elif style == "harness":
+        ctx = example["ctx"]
+        if "ctx_a" in example and "ctx_b" in example:  # else they are joined already
+            ctx = example["ctx_a"] + " " + example["ctx_b"].capitalize()
+        query = _clean(f"{example['activity_label']}: {ctx}")
+        endings = [_clean(ending) for ending in endings]
+        context, tokens = _encode_pairs(query, [" " + ending for ending in endings])
+        lengths = [len(ending) for ending in endings]
+    else:
+        shown = "".join(f"{letter}. {ending}\n" for letter, ending in zip("ABCD", endings))
+        query = f"{example['ctx']}\n{shown}Answer:"
+        context, tokens = _encode_pairs(query, [" " + letter for letter in "ABCD"])
+        lengths = [1] * 4
+    return Question(context or [tokenizer.END_OF_TEXT_ID], tokens, lengths, example["label"])
+
+
+def _clean(text: str) -> str:
+    """The text without WikiHow's markup, as lm-evaluation-harness removes it."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def _encode_pairs(query: str, endings: list[str]) -> tuple[list[int], list[list[int]]]:
+    """Tokens of a query, and of each ending if query and ending are encoded as one text."""
+    encode = tokenizer.get_encoding().encode_ordinary
+    stem = query.rstrip()
+    context, spaces = encode(stem), query[len(stem) :]
+    return context, [encode(stem + spaces + ending)[len(context) :] for ending in endings]
+
+
+def render_example(example: dict):
+    """An example in build-nanogpt's form: (data, tokens (4, N), mask (4, N), label).
+
+    tokens: int64, context and ending in each row; mask: 1 on the endings
+    """
+    context, endings, _, label = make_question(example, "completion")
+    rows = [torch.tensor(context + ending) for ending in endings]
+    masks = [(torch.arange(len(row)) >= len(context)).long() for row in rows]
+    tokens, mask = (pad_sequence(each, batch_first=True) for each in (rows, masks))
+    data = {"label": label, "ctx_tokens": context, "ending_tokens": endings}
+    return data, tokens, mask, label
+
+
+# -------------------------------------------------------------------------------------------------
+# Batches: the context is computed once for its four endings, which follow it in one row
+#
+#   tokens    A  man  is  on  a  roof | he  sits  down | they  fly | he  runs | ...
+#   position  0   1    2   3  4   5   |  6   7     8   |  6     7  |  6   7   | ...
+#   segment   0   0    0   0  0   0   |  1   1     1   |  2     2  |  3   3   | ...
+#
+# A token sees those before it in its own segment and in segment 0. If context and ending are too
+# long for the model, the context loses its first tokens.
+
+
+class Row(NamedTuple):
+    """A context with one or more endings after it."""
+
+    context: list[int]
+    endings: list[list[int]]
+    ending_ids: list[int]  # index of each ending among those of all questions
+
+    @property
+    def length(self) -> int:
+        """Tokens that the model reads: the last one of an ending is only predicted."""
+        return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
+
+
+def make_rows(questions: list[Question], block_size: int):
+    """Yields the rows of all questions: one each, or one per ending if that is too long."""
+    for i, (context, endings, *_) in enumerate(questions):
+        ending_ids = [*range(4 * i, 4 * i + 4)]
+        if len(context) + max(map(len, endings)) <= block_size + 1:
+            yield Row(context, endings, ending_ids)
+        else:
+            for ending, ending_id in zip(endings, ending_ids):
+                seen = (context + ending)[-(block_size + 1) :]
+                scored = min(len(ending), len(seen) - 1)
+                yield Row(seen[:-scored], [seen[-scored:]], [ending_id])
+
+
+def group_rows(rows, batch_tokens: int) -> list[tuple[list[Row], int]]:
+    """(rows of similar length, the length they are padded to) of at most `batch_tokens` each."""
+    rows, groups = sorted(rows, key=lambda row: row.length, reverse=True), []
+    while rows:
+        T = math.ceil(rows[0].length / LENGTH_STEP) * LENGTH_STEP
+        count = max(1, batch_tokens // T)
+        groups.append((rows[:count], T))
+        rows = rows[count:]
+    return groups
+
+
+class Batch(NamedTuple):
+    """Rows of one length as tensors, and the N tokens to score in them."""
+
+    tokens: torch.Tensor  # int64 (B, T)
+    positions: torch.Tensor  # int64 (B, T)
+    segments: torch.Tensor  # int64 (B, T); -1 is padding
+    previous: torch.Tensor  # int64 (N,): index in (B * T) of the token before each scored one
+    targets: torch.Tensor  # int64 (N,): the scored tokens
+    ending_ids: torch.Tensor  # int64 (N,): the ending that each scored token belongs to
+
+
+def make_batch(rows: list[Row], T: int) -> Batch:
+    """The batch of some rows, padded to T tokens each."""
+    tokens, positions = np.zeros((2, len(rows), T), dtype=np.int64)
+    segments = np.full((len(rows), T), -1, dtype=np.int64)
+    previous, targets, ending_ids = [], [], []
+    for b, row in enumerate(rows):
+        n = len(row.context)
+        tokens[b, :n], positions[b, :n], segments[b, :n] = row.context, range(n), 0
+        start = n
+        for segment, (ending, ending_id) in enumerate(zip(row.endings, row.ending_ids), 1):
+            end = start + len(ending) - 1
+            tokens[b, start:end], segments[b, start:end] = ending[:-1], segment
+            positions[b, start:end] = range(n, n + end - start)
+            previous += [b * T + n - 1, *range(b * T + start, b * T + end)]
+            targets += ending
+            ending_ids += [ending_id] * len(ending)
+            start = end
+    arrays = (tokens, positions, segments, *map(np.array, (previous, targets, ending_ids)))
+    return Batch(*map(torch.from_numpy, arrays))
+
+
+# -------------------------------------------------------------------------------------------------
+# Scoring
+
+
+class Score(NamedTuple):
+    """Shares of questions answered correctly, and the number of questions."""
+
+    acc: float
+    acc_norm: float
+    questions: int
+
+    @staticmethod
+    def error(accuracy: float, questions: int) -> float:
+        """The standard error of an accuracy."""
+        return math.sqrt(accuracy * (1 - accuracy) / max(1, questions - 1))
+
+    def __str__(self):
+        acc, norm = ((a, self.error(a, self.questions)) for a in (self.acc, self.acc_norm))
+        return "acc {:.4f} +- {:.4f}, acc_norm {:.4f} +- {:.4f}, {:,} examples".format(
+            *acc, *norm, self.questions
+        )
+
+
+def evaluate(
+    model, questions: list[Question], runtime: Runtime, check_signals=lambda: None
+) -> Score:
+    """The score of a `GPT`; arguments as in `ending_losses`."""
+    losses = ending_losses(model, questions, runtime, check_signals=check_signals)
+    return score(losses, questions)
+
+
+def score(losses: np.ndarray, questions: list[Question]) -> Score:
+    """The score by the losses of the endings, (questions, 4)."""
+    labels = np.array([question.label for question in questions])
+    acc, acc_norm = (np.mean(chosen == labels) for chosen in predict(losses, questions))
+    return Score(float(acc), float(acc_norm), len(questions))
+
+
+def predict(losses: np.ndarray, questions: list[Question]) -> tuple[np.ndarray, np.ndarray]:
+    """The endings that `acc` and `acc_norm` choose: int64 (questions,) each."""
+    lengths = np.array([question.lengths for question in questions], dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):  # an ending of markup only has length 0
+        return (-losses).argmax(axis=1), (-losses / lengths).argmax(axis=1)
+
+
+def ending_losses(
+    model, questions: list[Question], runtime: Runtime, check_signals=lambda: None, title: str = ""
+) -> np.ndarray:
+    """The summed loss of each ending, in nats: float64 (questions, 4).
+
+    All ranks call it and share the batches, which are the same for any number of ranks: so is the
+    result.
+    check_signals(): called by all ranks before each batch; may raise to end the evaluation
+    title: of a progress bar; "" for none
+    """
+    from tqdm import tqdm
+
+    device = runtime.device
+    groups = group_rows(make_rows(questions, model.config.block_size), BATCH_TOKENS[device.type])
+    ending_ids, losses = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, device=device)]
+    steps = range(0, len(groups), runtime.world_size)
+    with runtime.autocast():  # around all batches: the weights are cast once
+        for first in tqdm(steps, desc=title, unit=" batches", disable=not title):
+            check_signals()
+            if first + runtime.rank < len(groups):
+                batch = make_batch(*groups[first + runtime.rank])
+                moved = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+                ending_ids.append(batch.ending_ids)
+                losses.append(token_losses(model, moved))  # copied later: a GPU need not wait
+    ending_ids, losses = torch.cat(ending_ids).numpy(), torch.cat(losses).cpu().numpy()
+    sums = np.bincount(ending_ids, losses, minlength=4 * len(questions))
+    sums = sum(runtime.all_gather(sums)).reshape(-1, 4)
+    for row, question in zip(sums, questions):  # equal endings get exactly equal losses
+        row[:] = row[[question.endings.index(ending) for ending in question.endings]]
+    return sums
+
+
+@torch.no_grad()
+def token_losses(model, batch: Batch) -> torch.Tensor:
+    """The loss in nats of each token that a batch scores: float32 (N,)."""
+    device = batch.tokens.device
+    T, segments = batch.tokens.size(1), batch.segments
+    causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    same = segments[:, None, :] == segments[:, :, None]  # (B, T, T): query, key
+    mask = causal & (same | (segments == 0)[:, None, :])
+    x = model.hidden(batch.tokens, batch.positions, mask[:, None])  # (B, T, C)
+    x = x.flatten(0, 1)[batch.previous]  # (N, C)
+    size = LOSS_CHUNK[device.type]
+    chunks = zip(x.split(size), batch.targets.split(size))
+    return torch.cat([model.token_losses(x_chunk, targets) for x_chunk, targets in chunks])

@@ -1,0 +1,52 @@
+"""Matrices in 8 bits: rounding, products and memory. (test_sample.py: their effect on a loss.)"""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from support import quantize
+from support.huggingface import SkipInit
+from train_gpt2 import GPT, GPTConfig
+
+
+def count_bytes(model) -> int:
+    """Bytes of a model's parameters and buffers, each storage once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+
+
+def test_rounded_rows_are_within_half_a_step():
+    """Each row has its own scale; a row of zeros stays zero."""
+    weight = torch.randn(50, 40) * torch.logspace(-3, 3, 50)[:, None]
+    weight[7] = 0
+    rounded, scale = quantize.round_rows(weight)
+    assert rounded.dtype == torch.int8 and rounded.abs().max() == 127
+    error = (rounded.float() * scale.float()[:, None] - weight).abs()
+    assert (error <= scale.float()[:, None] * 0.5 + weight.abs() * 0.005).all()
+    assert error[7].sum() == 0
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_in_8_bits_is_the_one_with_the_rounded_weights(rows, dtype, bias):
+    """With the kernel and without."""
+    linear = torch.nn.Linear(64, 96, bias=bias)
+    rounded, scale = quantize.round_rows(linear.weight)
+    layer = quantize.Int8Linear(rounded, scale, linear.bias)
+    x = torch.randn(rows, 64)
+    with torch.no_grad():
+        expected = F.linear(x, rounded.float() * scale.float()[:, None], linear.bias)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            found = layer(x[None])
+    assert found.shape == (1, rows, 96) and found.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(found[0].float(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_gpt2_takes_a_quarter_of_its_bytes():
+    with SkipInit():
+        model = GPT(GPTConfig())
+    size = 4 * model.num_parameters()
+    assert count_bytes(model) == pytest.approx(size, rel=0.01)
+    assert count_bytes(quantize.to_int8(model)) < 0.26 * size
