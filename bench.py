@@ -1,37 +1,41 @@
-"""How fast this machine trains, scores and samples GPT-2 124M, beside transformers in the same run.
+"""Speed of training, scoring and sampling GPT-2 124M on this machine, beside transformers.
 
-    python bench.py                                       # all parts, into a table
+    python bench.py                                       # all parts, as tables
     python bench.py --only=train,sample --json=out.json
-    python bench.py --peer=../build-nanogpt               # and another program's GPT(GPTConfig)
-    python bench.py --ladder                              # what each rung of the climb is worth
+    python bench.py --peer=../build-nanogpt               # also another program's GPT(GPTConfig)
+    python bench.py --ladder                              # the gain of each optimization
 
-Each program runs in a process of its own; they take turns, so that what else the machine does hits
-all alike. Shown are medians of the turns, the spread, and the ratio to transformers.
+Each program runs in a process of its own, and the programs take turns, so that other load on the
+machine affects all of them. The tables show medians of the turns, their spread, and the ratio to
+transformers.
 
-    matmul     the fastest product of two matrices found here, beside the datasheet's figure
-    train      a step of AdamW on B x T tokens, and its parts
-    hellaswag  examples scored; for the others the plain loop: one at a time, four padded rows
-    sample     4 texts x 120 tokens, top_k 50; for a peer its generate, or build-nanogpt's loop
-    optimizer  our update of all weights, by AdamW and by Muon with AdamW
-    data       the loader and the tokenizers
+    matmul     the fastest matrix product measured here, beside the datasheet's figure
+    train      a training step on B x T tokens, and its parts
+    hellaswag  scoring HellaSwag; the other programs score one example at a time, four padded rows
+    sample     4 texts x 120 tokens, top_k 50; a peer without `generate` uses build-nanogpt's loop
+    optimizer  an update of all weights by AdamW, and by Muon with AdamW
+    data       the data loader, and the tokenizers on input.txt
 
-The peers' code is run as it is; their optimizer is PyTorch's AdamW, fused on CUDA.
+The code of a peer runs unchanged; its optimizer is PyTorch's AdamW, fused on CUDA.
+
+The file --json holds the machine under "facts", and the figures of each part under its name.
 """
 
 import ast
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
 import multiprocessing
-import os
 import platform
+import re
 import statistics
 import sys
 import tempfile
 import time
-import traceback
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,107 +44,107 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import hellaswag
 import train_gpt2
-from support import cli, quantize, tokenizer
+from support import cli, devices, distributed, hellaswag_eval, quantize, tokenizer
 from support.errors import SettingError, UserError, run_main
-
-PARTS = ("matmul", "train", "hellaswag", "sample", "optimizer", "data")
+from support.shards import TokenStream
 
 
 @dataclass
 class Config:
-    """The settings: a line of the command line each."""
+    """The settings, also on the command line."""
 
-    only: str = "all"  # parts of those above, with commas between
-    peer: str = ""  # the directory of another GPT-2 that is timed in the same way
-    ladder: bool = False  # instead of the parts: the climb from plain float32, rung by rung
+    only: str = "all"  # or of matmul,train,hellaswag,sample,optimizer,data
+    peer: str = ""  # directory of another GPT-2 program to time in the same way
+    ladder: bool = False  # instead of the parts: from plain float32 upwards, one change at a time
     rounds: int = 3  # timed turns of each program
     B: int = 0  # rows of a training step; 0: 4 on a CPU, 32 on a GPU
-    T: int = 1024  # tokens in each
+    T: int = 1024  # tokens in each row
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads per block
     n_embd: int = 768  # width of the residual stream
-    compile: bool = True  # time our training compiled as well
-    hellaswag_data: str = ""  # a .jsonl; "": hellaswag/hellaswag_val.jsonl, else made-up examples
+    hellaswag_data: str = ""  # a .jsonl; "": hellaswag/hellaswag_val.jsonl, else random examples
     json: str = ""  # a file for the figures
-    plot: str = "ladder.png"  # a picture of the ladder
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # of the matrix products: auto, float32, bfloat16, float16
 
+    @property
+    def shape(self) -> dict:
+        """The arguments for the size of the model, which all programs share."""
+        block_size = max(1024, self.T)
+        layers = dict(n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd)
+        return dict(block_size=block_size, **layers)
+
 
 # -------------------------------------------------------------------------------------------------
-# The programs, each with the same three things to do
+# The programs
 
 
 class Program:
-    """Times itself: `train`, `hellaswag` and `sample` return numbers of one turn."""
+    """A model and its work; `train`, `hellaswag` and `sample` do one turn and return its figures.
+
+    Figures are in seconds, tokens and examples unless they are named otherwise.
+    """
 
     def __init__(self, config: Config, device: torch.device, dtype: torch.dtype):
-        self.config, self.device, self.dtype = config, device, dtype
-        self.processes = train_gpt2.Processes(0, 1, device, dtype)
+        self.config, self.device = config, device
+        self.runtime = distributed.Runtime(0, 1, device, dtype)
         torch.manual_seed(1337)
-        self.model = self.make_model().to(device)
-        self.optimizer = None
+        self.model = self.build_model().to(device)
 
     def clock(self) -> float:
-        """Seconds, when all that was asked of the device is done."""
+        """Seconds, once the device has finished its work."""
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
         return time.perf_counter()
 
+    @functools.cached_property
     def batch(self):
-        """x, y int64 (B, T): the tokens of input.txt, over and over."""
+        """x, y int64 (B, T): the tokens of input.txt, repeated."""
         B, T = self.config.B, self.config.T
-        text = (Path(__file__).parent / "input.txt").read_text(encoding="utf-8")
-        ids = torch.from_numpy(tokenizer.encode_plain(text).astype(np.int64))
+        ids = torch.from_numpy(tokenizer.encode_plain(read_text()).astype(np.int64))
         ids = ids.repeat(math.ceil((B * T + 1) / len(ids)))[: B * T + 1].to(self.device)
         return ids[:-1].view(B, T), ids[1:].view(B, T)
 
     def train(self) -> dict:
-        """Two steps: one timed as a whole, one in parts; all in seconds."""
-        if self.optimizer is None:
-            self.optimizer, self.tokens = self.make_optimizer(), self.batch()
+        """Two training steps: one timed in total, one in parts."""
         start = self.clock()
         for _ in self.step():
             pass
-        whole = self.clock() - start
+        seconds = self.clock() - start
         parts, last = {}, self.clock()
         for name in self.step():
             now = self.clock()
             parts[name], last = now - last, now
-        return {"seconds": whole, "parts": parts, "peak_mb": self.peak_mb()}
+        return {"seconds": seconds, "parts": parts, "count": self.config.B * self.config.T}
 
     def step(self):
-        """One step of training, yielding the name of each part when it is done."""
-        x, y = self.tokens
-        with self.processes.autocast():
-            logits = self.all_logits(x)
+        """One training step; yields the name of each part when it is done."""
+        x, y = self.batch
+        with self.runtime.autocast():
+            logits = self.logits(x)
             yield "forward"
             loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
         yield "loss"
-        yield from self.learn(loss)
+        yield from self.update(loss)
 
-    def learn(self, loss):
+    def update(self, loss):
         """The second half of a step."""
         loss.backward()
         yield "backward"
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.decide(norm)
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         yield "optimizer"
 
-    def decide(self, norm) -> None:
-        """What a program does with the norm of the gradient before it steps."""
-
-    def make_optimizer(self):
+    @functools.cached_property
+    def optimizer(self):
         """The AdamW that the program would use."""
         fused = self.device.type == "cuda"
         return torch.optim.AdamW(self.model.parameters(), lr=1e-5, betas=(0.9, 0.95), fused=fused)
 
     def peak_mb(self) -> float:
-        """The most memory that was in use so far, in MB; of the GPU, if there is one."""
+        """The peak memory of the GPU, or of this process on other devices, in MB."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 1e6
         try:
@@ -151,81 +155,77 @@ class Program:
 
     @torch.no_grad()
     def hellaswag(self) -> dict:
-        """The plain loop."""
+        """Scores one example at a time: four padded rows, all logits."""
         examples = find_examples(self.config, 24 if self.device.type == "cpu" else 200)
         start = self.clock()
         for example in examples:
-            _, tokens, mask, _ = hellaswag.render_example(example)
+            _, tokens, mask, _ = hellaswag_eval.render_example(example)
             tokens, mask = tokens.to(self.device), mask.to(self.device)
-            with self.processes.autocast():
-                logits = self.all_logits(tokens)
+            with self.runtime.autocast():
+                logits = self.logits(tokens)
             targets = tokens[:, 1:].flatten()
             losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, reduction="none")
             losses = losses.view(4, -1) * mask[:, 1:]
             (losses.sum(dim=1) / mask[:, 1:].sum(dim=1)).argmin().item()
         return {"seconds": self.clock() - start, "count": len(examples)}
 
-    def prompt(self):
-        """Four rows of the prompt that all programs continue: int64 (4, T)."""
-        ids = tokenizer.get_encoding().encode_ordinary("Hello, I'm a language model,")
-        return torch.tensor([ids] * 4, device=self.device)
-
     def sample(self) -> dict:
-        """The seconds that 120 more tokens for each row took, and how many there are."""
+        """Continues four rows of one prompt by 120 tokens each."""
+        ids = tokenizer.get_encoding().encode_ordinary("Hello, I'm a language model,")
+        prompt = torch.tensor([ids] * 4, device=self.device)
         start = self.clock()
-        new = self.generate(self.prompt(), 120)
+        new = self.generate(prompt, 120)
         return {"seconds": self.clock() - start, "count": 4 * new}
 
 
 class Ours(Program):
-    """train_gpt2.py, hellaswag.py and sample.py as they are."""
+    """This repository's training, scoring and sampling."""
 
-    compiled = False
+    def __init__(self, *arguments, compiled: bool = False, int8: bool = False):
+        self.compiled, self.int8 = compiled, int8
+        super().__init__(*arguments)
 
-    def make_model(self):
-        train_gpt2.keep_freed_memory()
-        c = self.config
-        shape = dict(block_size=max(1024, c.T), n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
-        return train_gpt2.GPT(train_gpt2.GPTConfig(**shape))
+    def build_model(self):
+        distributed.initialize(self.config.device, self.config.dtype)  # torch's global settings
+        return quantize.to_int8(build_gpt(self.config)) if self.int8 else build_gpt(self.config)
 
-    def make_optimizer(self):
-        self.training_model = train_gpt2.TrainingModel(self.model, self.compiled)
+    @functools.cached_property
+    def training_model(self):
+        return train_gpt2.TrainingModel(self.model, self.compiled)
+
+    @functools.cached_property
+    def optimizer(self):
         return train_gpt2.configure_optimizer(self.model, train_gpt2.Config(), self.device.type)
 
     def step(self):
-        x, y = self.tokens
-        with self.processes.autocast():
+        x, y = self.batch
+        with self.runtime.autocast():
             hidden = self.training_model.hidden(x)
             yield "forward"
             loss = self.training_model.loss(hidden, y)
         yield "loss"
-        yield from self.learn(loss / y.numel())
-
-    def decide(self, norm) -> None:
-        self.optimizer.found_inf = (~torch.isfinite(norm)).float()
+        yield from self.update(loss / y.numel())
 
     def hellaswag(self) -> dict:
         examples = find_examples(self.config, 256 if self.device.type == "cpu" else 10042)
-        questions = [hellaswag.make_question(example, "completion") for example in examples]
+        questions = [hellaswag_eval.make_question(example, "completion") for example in examples]
         start = self.clock()
-        hellaswag.ending_losses(self.model, questions, self.processes)
+        hellaswag_eval.ending_losses(self.model, questions, self.runtime)
         return {"seconds": self.clock() - start, "count": len(examples)}
 
     def generate(self, idx, n: int) -> int:
-        with self.processes.autocast():
+        with self.runtime.autocast():
             return self.model.generate(idx, n, top_k=50).size(1) - idx.size(1)
 
     def matmul(self) -> dict:
         """The highest rate of a few large products, in FLOP/s."""
-        device, dtype = self.device, self.dtype
         sizes = [(2048, 2048, 2048), (4096, 768, 3072)]
-        if device.type != "cpu":
+        if self.device.type != "cpu":
             sizes = [(8192, 8192, 8192), (32768, 768, 3072), (16384, 4096, 4096)]
-        rates = []
+        rates, options = [], dict(device=self.device, dtype=self.runtime.dtype)
         for m, k, n in sizes:
-            a = torch.randn(m, k, device=device, dtype=dtype)
-            b = torch.randn(k, n, device=device, dtype=dtype)
-            c = torch.empty(m, n, device=device, dtype=dtype)
+            a, b = torch.randn(m, k, **options), torch.randn(k, n, **options)
+            c = torch.empty(m, n, **options)
             for _ in range(6):
                 start = self.clock()
                 for _ in range(3):
@@ -234,157 +234,71 @@ class Ours(Program):
         return {"flops": max(rates[1:])}
 
     def optimizers(self) -> dict:
-        """Seconds of an update, the gradients being there, by each of our optimizers."""
-        if self.optimizer is None:
-            settings = {kind: train_gpt2.Config(optimizer=kind) for kind in ("adamw", "muon")}
-            make = train_gpt2.configure_optimizer
-            kinds = {kind: make(self.model, c, self.device.type) for kind, c in settings.items()}
-            self.optimizer = kinds
-            for parameter in self.model.parameters():
-                parameter.grad = 1e-3 * torch.randn_like(parameter)
-        found = {}
-        for kind, optimizer in self.optimizer.items():
+        """Seconds of an update by each of our optimizers, without making the gradients."""
+        for parameter in self.model.parameters():
+            parameter.grad = 1e-3 * torch.randn_like(parameter)
+        seconds = {}
+        for kind in ("adamw", "muon"):
+            config = train_gpt2.Config(optimizer=kind)
+            optimizer = train_gpt2.configure_optimizer(self.model, config, self.device.type)
+            optimizer.step()  # also allocates the moments
             start = self.clock()
             for _ in range(3):
                 optimizer.step()
-            found[kind] = (self.clock() - start) / 3
-        return found
-
-    def loader(self, steps: int = 20, rows: int = 512, step_s: float = 1.0) -> dict:
-        """What a run on a fast GPU has of the loader, in steps of 512 x 1,024 tokens a second.
-
-        The GPU's work is a pause here; a shard ends in every other step.
-        """
-        with tempfile.TemporaryDirectory() as directory:
-            rng, shards = np.random.default_rng(0), []
-            for i in range(6):
-                path = Path(directory) / f"train_{i}.npy"
-                np.save(path, rng.integers(50257, size=1024 * 2 * rows + 1, dtype=np.uint16))
-                shards.append(path)
-            memory = self.memory_mb()
-            maps = [np.load(path, mmap_mode="r") for path in shards]
-            stream = train_gpt2.TokenStream(maps, [str(path) for path in shards])
-            loader = train_gpt2.DataLoaderLite(stream, 32, 1024, rows_at=lambda position: rows)
-            whole, waited = [], []
-            for _ in range(steps):
-                start = time.perf_counter()
-                loader.next_step()
-                waited.append(time.perf_counter() - start)
-                time.sleep(step_s)
-                whole.append(time.perf_counter() - start)
-            memory = self.memory_mb() - memory
-            loader.pool.shutdown()
-            stream.shards = loader.tokens = None
-        return {
-            "share": statistics.median(waited[1:]) / statistics.median(whole[1:]),
-            "longest": max(whole[1:]) / statistics.median(whole[1:]),
-            "memory_mb": memory,
-        }
-
-    @staticmethod
-    def memory_mb() -> float:
-        """The memory of this process now, in MB; on Linux only."""
-        try:
-            return (
-                int(Path("/proc/self/statm").read_text().split()[1])
-                * os.sysconf("SC_PAGESIZE")
-                / 1e6
-            )
-        except OSError:
-            return math.nan
-
-    def data(self) -> dict:
-        """Tokens/s of the loader, in steps of B rows; MB/s of the tokenizers."""
-        c, found = self.config, {}
-        with tempfile.TemporaryDirectory() as directory:
-            path = Path(directory) / "train.npy"
-            np.save(path, np.random.default_rng(0).integers(50257, size=4_000_000, dtype=np.uint16))
-            stream = train_gpt2.TokenStream([np.load(path, mmap_mode="r")], [str(path)])
-            loader = train_gpt2.DataLoaderLite(stream, c.B, c.T, shuffle=True)
-            loader.next_step()
-            start, steps = time.perf_counter(), max(1, 2_000_000 // (c.B * c.T))
-            for _ in range(steps):
-                loader.next_step()
-            found["loader"] = steps * c.B * c.T / (time.perf_counter() - start)
-            loader.pool.shutdown()
-            stream.shards = loader.tokens = None
-        text = (Path(__file__).parent / "input.txt").read_text(encoding="utf-8")
-        for engine in ("tiktoken", "gigatoken"):
-            with contextlib.suppress(UserError):
-                encode = tokenizer.get_encoder(engine)
-                encode(text)
-                start = time.perf_counter()
-                for _ in range(5):
-                    encode(text)
-                found[engine] = 5 * len(text.encode()) / 1e6 / (time.perf_counter() - start)
-        return found
-
-
-class OursCompiled(Ours):
-    """This program, its training step through torch.compile."""
-
-    compiled = True
-
-
-class OursInt8(Ours):
-    """This program, its matrices in 8 bits."""
-
-    def make_model(self):
-        return quantize.to_int8(super().make_model())
+            seconds[kind] = (self.clock() - start) / 3
+        return seconds
 
 
 class Transformers(Program):
-    """GPT2LMHeadModel, with its cache; it samples with weights of the dtype, not in autocast."""
+    """GPT2LMHeadModel; it samples with its KV cache and with weights in the dtype, not autocast."""
 
-    def make_model(self):
+    def build_model(self):
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        c = self.config
-        shape = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
         dropout = dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
-        return GPT2LMHeadModel(GPT2Config(**shape, **dropout, n_positions=max(1024, c.T)))
+        shape = self.config.shape
+        shape["n_positions"] = shape.pop("block_size")
+        return GPT2LMHeadModel(GPT2Config(**shape, **dropout))
 
-    def all_logits(self, idx):
+    def logits(self, idx):
         return self.model(idx, use_cache=False).logits
 
     def generate(self, idx, n: int) -> int:
-        self.model.to(self.dtype)
-        found = self.model.generate(
+        self.model.to(self.runtime.dtype)
+        ids = self.model.generate(
             idx, attention_mask=torch.ones_like(idx), max_new_tokens=n, do_sample=True, top_k=50,
             pad_token_id=50256, eos_token_id=None,
         )  # fmt: skip
-        return found.size(1) - idx.size(1)
+        return ids.size(1) - idx.size(1)
 
 
 class Peer(Program):
-    """The GPT(GPTConfig) of another program's model.py or train_gpt2.py."""
+    """The GPT(GPTConfig) in another program's model.py or train_gpt2.py."""
 
-    def make_model(self):
-        found, c = load_definitions(Path(self.config.peer)), self.config
-        shape = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
-        model = found["GPT"](
-            found["GPTConfig"](block_size=max(1024, c.T), vocab_size=50304, **shape)
-        )
+    def build_model(self):
+        names = load_definitions(Path(self.config.peer))
+        model = names["GPT"](names["GPTConfig"](vocab_size=50304, **self.config.shape))
+        # nanoGPT computes the logits of all positions only if it is given targets.
         self.needs_targets = model(torch.zeros(1, 2, dtype=torch.int64))[0].size(1) == 1
         return model
 
-    def all_logits(self, idx):
+    def logits(self, idx):
         return self.model(idx, idx if self.needs_targets else None)[0]
 
     def step(self):
-        x, y = self.tokens
-        with self.processes.autocast():
+        x, y = self.batch
+        with self.runtime.autocast():
             _, loss = self.model(x, y)
         yield "forward"
-        yield from self.learn(loss)
+        yield from self.update(loss)
 
     @torch.no_grad()
     def generate(self, idx, n: int) -> int:
         if hasattr(self.model, "generate"):
-            with self.processes.autocast():
+            with self.runtime.autocast():
                 return self.model.generate(idx, n, top_k=50).size(1) - idx.size(1)
         for _ in range(n):
-            with self.processes.autocast():  # where build-nanogpt has it
+            with self.runtime.autocast():  # the same part as in build-nanogpt
                 logits, _ = self.model(idx)
             p = F.softmax(logits[:, -1], dim=-1)
             likeliest, ids = torch.topk(p, 50, dim=-1)
@@ -392,8 +306,8 @@ class Peer(Program):
         return n
 
 
-# The ladder: each rung is on top of those before it. The lecture climbed the first seven on an A100
-# in 1000, 333, 300, 130, 96, 93 and 90 ms (B = 16, T = 1024); the others are ours.
+# The ladder: each rung adds one change to those before it. Karpathy's lecture took the first seven
+# on an A100 in 1000, 333, 300, 130, 96, 93 and 90 ms (B = 16, T = 1024).
 RUNGS = {
     "float32": "everything plain: eager, 50,257 rows, attention by hand",
     "TF32": "float32 products rounded to 19 bits, by the tensor cores",
@@ -407,8 +321,8 @@ RUNGS = {
 }
 
 
-def lacking(rung: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a device does not have a rung, or None."""
+def find_obstacle(rung: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a rung does not exist on a device; None if it does."""
     if rung == "TF32" and not (
         device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     ):
@@ -421,7 +335,7 @@ def lacking(rung: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def plain_attention(q, k, v, mask=None, is_causal=False):
-    """What F.scaled_dot_product_attention computes, as a textbook has it."""
+    """F.scaled_dot_product_attention as a textbook writes it."""
     T = q.size(2)
     scores = q @ k.transpose(2, 3) / math.sqrt(q.size(3))
     later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
@@ -431,60 +345,68 @@ def plain_attention(q, k, v, mask=None, is_causal=False):
 class Climber(Program):
     """Our model on one rung of the ladder."""
 
-    rung = ""  # the highest one
-
-    def __init__(self, config: Config, device: torch.device, dtype: torch.dtype):
-        reached = list(RUNGS)[: list(RUNGS).index(self.rung) + 1]
-        self.has = {rung for rung in reached if lacking(rung, device, dtype) is None}
+    def __init__(self, rung: str, config: Config, device: torch.device, dtype: torch.dtype):
+        reached = list(RUNGS)[: list(RUNGS).index(rung) + 1]
+        self.has = {rung for rung in reached if find_obstacle(rung, device, dtype) is None}
         super().__init__(config, device, dtype if "bfloat16" in self.has else torch.float32)
 
-    def make_model(self):
-        c = self.config
-        shape = dict(block_size=max(1024, c.T), n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
+    def build_model(self):
         if "memory" in self.has:
-            train_gpt2.keep_freed_memory()
+            devices.keep_freed_memory()
         torch.set_float32_matmul_precision("high" if "TF32" in self.has else "highest")
         if "flash" not in self.has:
             F.scaled_dot_product_attention = plain_attention
         if "rows" not in self.has:
-            train_gpt2.GPTConfig.rows = property(lambda config: config.vocab_size)
-        return train_gpt2.GPT(train_gpt2.GPTConfig(**shape))
+            train_gpt2.GPTConfig.padded_vocab_size = property(lambda config: config.vocab_size)
+        return build_gpt(self.config)
 
-    def make_optimizer(self):
+    @functools.cached_property
+    def forward(self):
         compiled = "compile" in self.has
-        self.whole = torch.compile(self.model) if compiled else self.model
         if "chunks" in self.has:
-            self.whole = train_gpt2.TrainingModel(self.model, compiled)
+            return train_gpt2.TrainingModel(self.model, compiled)
+        return torch.compile(self.model) if compiled else self.model
+
+    @functools.cached_property
+    def optimizer(self):
         fused = {"fused": True} if "fused" in self.has else {"foreach": True}
         return torch.optim.AdamW(self.model.parameters(), lr=1e-5, betas=(0.9, 0.95), **fused)
 
     def train(self) -> dict:
-        if self.optimizer is None:
-            self.optimizer, self.tokens = self.make_optimizer(), self.batch()
-        x, y = self.tokens
+        x, y = self.batch
         start = self.clock()
-        with self.processes.autocast():
-            loss = self.whole(x, y)
+        with self.runtime.autocast():
+            loss = self.forward(x, y)
             loss = loss / y.numel() if "chunks" in self.has else loss[1]
-        for _ in self.learn(loss):
+        for _ in self.update(loss):
             pass
-        return {"seconds": self.clock() - start, "loss": loss.item(), "peak_mb": self.peak_mb()}
+        return {"seconds": self.clock() - start, "loss": loss.item()}
 
 
 PROGRAMS = {
-    **{rung: type("Climber", (Climber,), {"rung": rung}) for rung in RUNGS},
+    **{rung: functools.partial(Climber, rung) for rung in RUNGS},
     "transformers": Transformers,
     "ours": Ours,
-    "ours, compiled": OursCompiled,
-    "ours, int8": OursInt8,
+    "ours, compiled": functools.partial(Ours, compiled=True),
+    "ours, int8": functools.partial(Ours, int8=True),
     "peer": Peer,
 }
 
 
+def build_gpt(config: Config) -> train_gpt2.GPT:
+    """This repository's model in the size of the settings."""
+    return train_gpt2.GPT(train_gpt2.GPTConfig(**config.shape))
+
+
+def read_text() -> str:
+    """The text of input.txt, 1 MB of plays."""
+    return Path(__file__).with_name("input.txt").read_text(encoding="utf-8")
+
+
 def load_definitions(directory: Path) -> dict:
-    """What a program imports and defines, without running the rest of it."""
+    """The imports, classes and functions of a program, without running its other statements."""
     kept = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef)
-    found = {}
+    names = {}
     sys.path.insert(0, str(directory))
     for name in ("hellaswag", "model", "train_gpt2"):
         path = directory / f"{name}.py"
@@ -493,99 +415,75 @@ def load_definitions(directory: Path) -> dict:
             tree.body = [node for node in tree.body if isinstance(node, kept)]
             sys.modules[name] = module = type(sys)(name)
             exec(compile(tree, str(path), "exec"), module.__dict__)
-            found |= module.__dict__
-    return found
+            names |= module.__dict__
+    return names
 
 
 def find_examples(config: Config, count: int) -> list[dict]:
-    """`count` examples, evenly over the validation set; made of input.txt where it is missing."""
-    path = Path(config.hellaswag_data or hellaswag.FOLDER / "hellaswag_val.jsonl")
+    """`count` examples, evenly from the validation set; pieces of input.txt if it is missing."""
+    path = Path(config.hellaswag_data or hellaswag_eval.FOLDER / "hellaswag_val.jsonl")
     if config.hellaswag_data or path.exists():
-        examples = hellaswag.read_examples(path)
+        examples = hellaswag_eval.read_examples(path)
         return examples[:: max(1, len(examples) // count)][:count]
-    words = (Path(__file__).parent / "input.txt").read_text(encoding="utf-8").split()
-    rng, examples = np.random.default_rng(0), []
+    words, rng, examples = read_text().split(), np.random.default_rng(0), []
     for _ in range(count):
-        a, b, *lengths = (
-            rng.integers(0, len(words) - 200),
-            rng.integers(15, 60),
-            *rng.integers(5, 35, 4),
-        )
-        texts = [" ".join(words[a + b : a + b + n]) for n in lengths]
-        examples.append(dict(ctx=" ".join(words[a : a + b]), endings=texts, label=0))
+        start, length = rng.integers(0, len(words) - 200), rng.integers(15, 60)
+        end = start + length
+        endings = [" ".join(words[end : end + n]) for n in rng.integers(5, 35, 4)]
+        examples.append(dict(ctx=" ".join(words[start:end]), endings=endings, label=0))
     return examples
 
 
 # -------------------------------------------------------------------------------------------------
-# Turns
+# Turns, tables and parts
 
 
-def serve(pipe, name: str, config: Config, part: str) -> None:
-    """A process of its own: does the part once for each message, and answers what it took."""
-    try:
-        device = train_gpt2.pick_device(config.device, 0)
-        program = PROGRAMS[name](config, device, train_gpt2.pick_dtype(config.dtype, device))
-        while pipe.recv():
-            pipe.send(getattr(program, part)())
-    except EOFError:
-        pass
-    except Exception:
-        pipe.send(traceback.format_exc(limit=-1).strip().splitlines()[-1])
+_programs = {}  # {name: Program} of this process, which is the process of one program
 
 
-def turns(part: str, names: list[str], config: Config, rounds: int) -> dict[str, list]:
-    """{program: the results of its turns}; the first turn of each, which warms up, comes on top."""
+def do_turn(name: str, config: Config, part: str) -> dict:
+    """The figures of one turn of a program, which is built in the first one."""
+    if name not in _programs:
+        device = devices.choose_device(config.device)
+        dtype = devices.choose_dtype(config.dtype, device)
+        _programs[name] = PROGRAMS[name](config, device, dtype)
+    return getattr(_programs[name], part)() | {"peak_mb": _programs[name].peak_mb()}
+
+
+def take_turns(part: str, names: list[str], config: Config, rounds: int) -> dict[str, list]:
+    """{program: figures of `rounds` + 1 turns}, without programs that failed. Turn 0 warms up."""
     context = multiprocessing.get_context("spawn")
-    pipes, processes, results = {}, [], {name: [] for name in names}
-    for name in names:
-        pipes[name], theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, name, config, part), daemon=True)
-        process.start()
-        theirs.close()
-        processes.append(process)
+    processes = {name: ProcessPoolExecutor(1, context) for name in names}
+    results = {name: [] for name in names}
     for turn in range(rounds + 1):
-        for name in list(pipes):
-            say(f"{part}: {name}, turn {turn} of {rounds}")
+        for name in list(results):
+            print(f"{part}: {name}, turn {turn} of {rounds}", file=sys.stderr, flush=True)
             start = time.perf_counter()
             try:
-                with contextlib.suppress(OSError):  # it may have failed and gone: then hear why
-                    pipes[name].send(True)
-                result = pipes[name].recv()
-            except (EOFError, OSError):
-                result = "its process ended"
-            if isinstance(result, str):
-                say(f"{part}: {name} failed: {result}\n")
-                del pipes[name], results[name]
-                continue
-            results[name].append(result | {"wall": time.perf_counter() - start})
-    for pipe in pipes.values():
-        with contextlib.suppress(OSError):
-            pipe.send(False)
-    for process in processes:
-        process.join(10)
-        process.kill()
-    say("")
+                figures = processes[name].submit(do_turn, name, config, part).result()
+                results[name].append(figures | {"wall": time.perf_counter() - start})
+            except Exception as error:  # any that the program raises, or the end of its process
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                print(f"{part}: {name} failed: {reason}", file=sys.stderr, flush=True)
+                del results[name]
+                processes[name].shutdown()  # frees its memory for the others
+    for process in processes.values():
+        process.shutdown()
     return results
 
 
-def say(text: str) -> None:
-    """What is going on: one line of standard error, written over."""
-    if sys.stderr.isatty() or text.endswith("\n"):
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-
-
-# -------------------------------------------------------------------------------------------------
-# Figures
-
-
-def summary(values: list[float]) -> dict:
-    """The median, the least and the greatest of some values."""
+def summarize(values: list[float]) -> dict:
+    """The median, the smallest and the largest of some values."""
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
-def table(title: str, head: list[str], rows: list[list]) -> None:
+def format_spread(summary: dict) -> list[str]:
+    """The cells of a summary: the median, and the spread."""
+    return [f"{summary['median']:,.1f}", f"{summary['least']:,.1f} to {summary['most']:,.1f}"]
+
+
+def print_table(title: str, head: list[str], rows: list[list]) -> None:
     """Prints a Markdown table."""
-    rows = [[*map(str, row)] for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *rows)]
     print(f"\n{title}\n")
     for row in (head, ["-" * width for width in widths], *rows):
@@ -593,267 +491,237 @@ def table(title: str, head: list[str], rows: list[list]) -> None:
     sys.stdout.flush()
 
 
-def rates_table(title: str, unit: str, results: dict, amount) -> dict:
-    """Prints and returns rates; amount(result): how much one turn did, per second of it."""
-    rates = {
-        name: summary([amount(result) / result["seconds"] for result in turns[1:]])
-        for name, turns in results.items()
-    }
-    base = rates.get("transformers")
-    rows = [
-        [name, f"{r['median']:,.1f}", f"{r['least']:,.1f} to {r['most']:,.1f}",
-         f"{r['median'] / base['median']:.2f} x" if base else "-"]
-        for name, r in rates.items()
-    ]  # fmt: skip
-    table(title, ["program", unit, "spread", "of transformers"], rows)
+def print_rates(title: str, unit: str, results: dict) -> dict:
+    """Prints and returns {program: its rates and peak_mb}. results: those of `take_turns`"""
+    rates, rows, base = {}, [], "transformers"
+    for name, turns in results.items():
+        rate = summarize([turn["count"] / turn["seconds"] for turn in turns[1:]])
+        rate["peak_mb"] = max(turn["peak_mb"] for turn in turns)
+        rates[name] = rate
+        ratio = f"{rate['median'] / rates[base]['median']:.2f} x" if base in rates else "-"
+        rows.append([name, *format_spread(rate), ratio, f"{rate['peak_mb']:,.0f}"])
+    print_table(title, ["program", unit, "spread", f"of {base}", "peak MB"], rows)
     return rates
 
 
-def measure_matmul(config: Config, facts: dict) -> float:
-    """The fastest product so far, in FLOP/s: a shared machine is not as fast at all times."""
-    result = turns("matmul", ["ours"], config, 1)["ours"]
-    measured = max(facts.get("measured_flops", 0), *(turn["flops"] for turn in result))
-    facts["measured_flops"] = measured
-    return measured
+STEP_PARTS = ("forward", "loss", "backward", "optimizer")
 
 
-def bench_matmul(config: Config, names: list[str], facts: dict) -> dict:
-    """The part `matmul`: the fastest product, measured and by the datasheet, in FLOP/s."""
-    measured, peak = measure_matmul(config, facts), facts["peak_flops"]
+def bench_matmul(config: Config, machine: dict) -> dict:
+    """The fastest product, measured and by the datasheet, in FLOP/s."""
+    turns, peak = take_turns("matmul", ["ours"], config, 1)["ours"], machine["peak_flops"]
+    machine["measured_flops"] = measured = max(turn["flops"] for turn in turns)
     known = f"{peak / 1e12:,.0f}" if peak else "unknown"
-    title = f"Matrix products, {facts['dtype']}"
-    table(title, ["measured TFLOP/s", "datasheet"], [[f"{measured / 1e12:.2f}", known]])
+    title = f"Matrix products, {machine['dtype']}"
+    print_table(title, ["measured TFLOP/s", "datasheet"], [[f"{measured / 1e12:.2f}", known]])
     return {"measured": measured, "datasheet": peak}
 
 
-def bench_train(config: Config, names: list[str], facts: dict) -> dict:
-    """The part `train`: speed, parts of a step and memory of each program."""
-    names = [n for n in names if n != "ours, int8" and (config.compile or n != "ours, compiled")]
-    results = turns("train", names, config, config.rounds)
-    if "measured_flops" in facts:
-        measure_matmul(config, facts)
-    tokens = config.B * config.T
-    flops = flops_per_token(config)
-    title = f"Training, {facts['dtype']}, B={config.B}, T={config.T}"
-    rates = rates_table(title, "tokens/s", results, lambda _: tokens)
-    rows, found = [], {}
-    for name, result in results.items():
-        timed = result[1:]
-        parts = {}
-        for part in ("forward", "loss", "backward", "optimizer"):
-            values = [turn["parts"][part] for turn in timed if part in turn["parts"]]
-            parts[part] = 1e3 * statistics.median(values) if values else None
-        seconds = statistics.median(turn["seconds"] for turn in timed)
-        rate = flops * tokens / seconds
-        of = [rate / facts[k] if facts.get(k) else None for k in ("peak_flops", "measured_flops")]
-        peak = max(turn["peak_mb"] for turn in result)
-        first = result[0]["wall"]
+def compare(part: str, config: Config) -> dict[str, list]:
+    """The turns of all programs that can do a part, by program."""
+    names = ["transformers", "ours"]
+    names += {"train": ["ours, compiled"], "sample": ["ours, int8"]}.get(part, [])
+    names += ["peer"] if config.peer else []
+    return take_turns(part, names, config, config.rounds)
+
+
+def bench_rates(part: str, title: str, unit: str, config: Config, machine: dict) -> dict:
+    """The rates of each program in a part."""
+    return print_rates(f"{title}, {machine['dtype']}", unit, compare(part, config))
+
+
+def bench_train(config: Config, machine: dict) -> dict:
+    """Speed, memory and parts of a step of each program."""
+    results = compare("train", config)
+    title = f"Training, {machine['dtype']}, B={config.B}, T={config.T}"
+    found, rows = print_rates(title, "tokens/s", results), []
+    for name, (first, *timed) in results.items():
+        rate = found[name]["median"]
+        ms = 1e3 * config.B * config.T / rate
+        parts = dict.fromkeys(STEP_PARTS)
+        for part in first["parts"]:
+            parts[part] = 1e3 * statistics.median(turn["parts"][part] for turn in timed)
+        shares = find_shares(config, rate, machine)
+        found[name] |= {"ms": ms, "parts_ms": parts, "first_turn_s": first["wall"]} | shares
         rows.append(
-            [name, f"{1e3 * seconds:,.0f}", *(f"{ms:,.0f}" if ms else "-" for ms in parts.values()),
-             f"{peak:,.0f}", *(f"{100 * share:.0f} %" if share else "-" for share in of),
-             f"{first:.1f}"]
-        )  # fmt: skip
-        found[name] = rates[name] | {
-            "ms": 1e3 * seconds, "parts_ms": parts, "peak_mb": peak, "first_turn_s": first,
-            "mfu": of[0], "of_measured_matmul": of[1],
-        }  # fmt: skip
-    head = ["program", "ms a step", "forward", "loss", "backward", "optimizer", "peak MB", "MFU",
-            "of the measured product", "s to the end of the first two steps"]  # fmt: skip
-    table("Its parts, in ms (each waited for)", head, rows)
+            [name, f"{ms:,.0f}"]
+            + [f"{part_ms:,.0f}" if part_ms else "-" for part_ms in parts.values()]
+            + [f"{share:.0%}" if share else "-" for share in shares.values()]
+            + [f"{first['wall']:.1f}"]
+        )
+    head = ["program", "ms a step", *STEP_PARTS, "MFU", "of the measured product"]
+    head.append("s to the end of the first two steps")
+    print_table("Its parts, in ms (each waited for)", head, rows)
     return found
-
-
-def bench_hellaswag(config: Config, names: list[str], facts: dict) -> dict:
-    """The part `hellaswag`: examples a second of each program."""
-    names = [name for name in names if name not in ("ours, compiled", "ours, int8")]
-    results = turns("hellaswag", names, config, config.rounds)
-    title = f"HellaSwag, {facts['dtype']}"
-    return rates_table(title, "examples/s", results, lambda result: result["count"])
-
-
-def bench_sample(config: Config, names: list[str], facts: dict) -> dict:
-    """The part `sample`: tokens a second of each program."""
-    names = [name for name in names if name != "ours, compiled"]
-    results = turns("sample", names, config, config.rounds)
-    title = f"Sampling 4 x 120 tokens, {facts['dtype']}"
-    return rates_table(title, "tokens/s", results, lambda result: result["count"])
-
-
-def bench_optimizer(config: Config, names: list[str], facts: dict) -> dict:
-    """The part `optimizer`: milliseconds of an update by each of our optimizers."""
-    timed = turns("optimizers", ["ours"], config, config.rounds)["ours"][1:]
-    found = {k: summary([1e3 * turn[k] for turn in timed]) for k in ("adamw", "muon")}
-    rows = [[k, f"{ms['median']:,.1f}", f"{ms['least']:,.1f} to {ms['most']:,.1f}"]
-            for k, ms in found.items()]  # fmt: skip
-    table("An update of all weights", ["optimizer", "ms", "spread"], rows)
-    return found
-
-
-def bench_data(config: Config, names: list[str], facts: dict) -> dict:
-    """The part `data`: tokens a second of the loader, MB a second of the tokenizers."""
-    timed = turns("data", ["ours"], config, config.rounds)["ours"][1:]
-    units = {"loader": "tokens/s", "tiktoken": "MB/s", "gigatoken": "MB/s"}
-    found = {n: summary([turn[n] for turn in timed]) for n in units if n in timed[0]}
-    rows = [[n, f"{r['median']:,.1f}", units[n], f"{r['least']:,.1f} to {r['most']:,.1f}"]
-            for n, r in found.items()]  # fmt: skip
-    table("Data, one process", ["what", "rate", "unit", "spread"], rows)
-    found["in a run"] = run = turns("loader", ["ours"], config, 1)["ours"][1]
-    title = "The loader in steps of 524,288 tokens a second, with the end of a shard in every other"
-    head = ["waited for, of a step", "longest step / median", "MB"]
-    row = [f"{run['share']:.3%}", f"{run['longest']:.3f}", f"{run['memory_mb']:,.0f}"]
-    table(title, head, [row])
-    return found
-
-
-def bench_ladder(config: Config, device: torch.device, dtype: torch.dtype, facts: dict) -> dict:
-    """Climbs one rung after the other, each in a process of its own, and draws it."""
-    flops = flops_per_token(config)
-    found, rows, before = {}, [], None
-    for rung, what in RUNGS.items():
-        if reason := lacking(rung, device, dtype):
-            found[rung] = {"lacking": reason}
-            rows.append([rung, what, f"not here: {reason}", "", "", "", "", ""])
-            continue
-        result = turns("train", [rung], config, config.rounds).get(rung)
-        if not result:
-            found[rung] = {"lacking": "failed"}
-            rows.append([rung, what, "failed, see above", "", "", "", "", ""])
-            continue
-        seconds = summary([turn["seconds"] for turn in result[1:]])
-        ms, rate = 1e3 * seconds["median"], config.B * config.T / seconds["median"]
-        mfu = flops * rate / facts["peak_flops"] if facts["peak_flops"] else None
-        peak = max(turn["peak_mb"] for turn in result)
-        found[rung] = {
-            "ms": ms, "least": 1e3 * seconds["least"], "most": 1e3 * seconds["most"],
-            "tokens_per_s": rate, "mfu": mfu, "gain": before / ms if before else None,
-            "peak_mb": peak, "first_step_s": result[0]["wall"], "loss": result[0]["loss"],
-        }  # fmt: skip
-        rows.append(
-            [rung, what, f"{ms:,.0f}", f"{rate:,.0f}", f"{100 * mfu:.0f} %" if mfu else "-",
-             f"{before / ms:.2f} x" if before else "", f"{peak:,.0f}", f"{result[0]['wall']:.1f}"]
-        )  # fmt: skip
-        before = ms
-    title = f"The ladder: a step of B={config.B}, T={config.T}, each rung with all before it"
-    head = [
-        "rung",
-        "what",
-        "ms a step",
-        "tokens/s",
-        "MFU",
-        "gain",
-        "peak MB",
-        "s to the first step",
-    ]
-    table(title, head, rows)
-    draw_ladder(config.plot, found, title, facts)
-    return found
-
-
-def draw_ladder(path: str, found: dict, title: str, facts: dict) -> None:
-    """A bar for each rung."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        say("no picture of the ladder: pip install matplotlib\n")
-        return
-    figure, axes = pyplot.subplots(figsize=(8, 0.5 + 0.45 * len(found)), layout="constrained")
-    names = list(found)
-    for place, name in enumerate(names):
-        ms = found[name].get("ms", 0)
-        axes.barh(place, ms, color="#4477aa")
-        gain = found[name].get("gain")
-        text = f" {ms:,.0f} ms" + (f", {gain:.2f} x" if gain else "")
-        axes.text(ms, place, text if ms else f" {found[name]['lacking']}", va="center")
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.25 * max(rung.get("ms", 1) for rung in found.values()))
-    axes.set_xlabel("ms a step")
-    axes.set_title(f"{title}\n{facts['device']}, {facts['date']}", fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise UserError(f"plot={path!r}: {error.strerror}; choose another file") from None
-    print(f"\nA picture of it: {path}")
 
 
 def flops_per_token(config: Config) -> int:
-    """Of a model of the settings' shape, by its own count."""
-    shape = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)
-    with torch.device("meta"), train_gpt2.WithoutInit():
-        model = train_gpt2.GPT(train_gpt2.GPTConfig(**shape))
-    return model.flops_per_token(config.T)
+    """Of training a model of the settings' shape."""
+    with torch.device("meta"):
+        return build_gpt(config).flops_per_token(config.T)
 
 
-def gather_facts(device: torch.device, dtype: torch.dtype) -> dict:
-    """The machine and the versions, as they belong to every figure."""
+def find_shares(config: Config, rate: float, machine: dict) -> dict:
+    """The share of the datasheet's and of the measured peak that a training rate uses, or None.
+
+    rate: tokens/s
+    """
+    flops = flops_per_token(config) * rate
+    peaks = {"mfu": "peak_flops", "of_measured_matmul": "measured_flops"}
+    return {k: flops / machine[peak] if machine.get(peak) else None for k, peak in peaks.items()}
+
+
+def bench_optimizer(config: Config, machine: dict) -> dict:
+    """Milliseconds of an update by each of our optimizers."""
+    timed = take_turns("optimizers", ["ours"], config, config.rounds)["ours"][1:]
+    found = {kind: summarize([1e3 * turn[kind] for turn in timed]) for kind in ("adamw", "muon")}
+    rows = [[kind, *format_spread(ms)] for kind, ms in found.items()]
+    print_table("An update of all weights", ["optimizer", "ms", "spread"], rows)
+    return found
+
+
+def bench_data(config: Config, machine: dict) -> dict:
+    """The speed of the tokenizers and of the loader, each in one process."""
+    found = time_tokenizers(config.rounds)
+    units = dict.fromkeys(found, "MB/s") | {"loader": "tokens/s"}
+    found["loader"] = time_loader()
+    rows = [[name, units[name], *format_spread(rate)] for name, rate in found.items()]
+    print_table("Data, in one process", ["what", "unit", "rate", "spread"], rows)
+    return found
+
+
+def time_tokenizers(rounds: int) -> dict:
+    """{engine: summary of MB of text a second} of each tokenizer that is installed."""
+    text, found = read_text(), {}
+    for engine in ("tiktoken", "gigatoken"):
+        with contextlib.suppress(UserError):  # not installed
+            encode, seconds = tokenizer.get_encoder(engine), []
+            for _ in range(rounds + 1):
+                start = time.perf_counter()
+                encode(text)
+                seconds.append(time.perf_counter() - start)
+            found[engine] = summarize([len(text.encode()) / 1e6 / s for s in seconds[1:]])
+    return found
+
+
+def time_loader(steps: int = 20, rows: int = 512) -> dict:
+    """Tokens/s of the loader in steps of 512 x 1,024; a shard ends in every other step."""
+    rng, seconds = np.random.default_rng(0), []
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
+        paths = [Path(directory, f"{number}.npy") for number in range(6)]
+        for path in paths:
+            np.save(path, rng.integers(50257, size=2 * rows * 1024 + 1, dtype=np.uint16))
+        stream = TokenStream([np.load(path, mmap_mode="r") for path in paths], [*map(str, paths)])
+        loader = train_gpt2.DataLoaderLite(stream, 32, 1024, rows_at=lambda position: rows)
+        for _ in range(steps):
+            start = time.perf_counter()
+            loader.next_step()
+            seconds.append(time.perf_counter() - start)
+        loader.pool.shutdown()
+    return summarize([rows * 1024 / s for s in seconds[1:]])
+
+
+def bench_ladder(config: Config, machine: dict) -> dict:
+    """A training step on each rung of the ladder, one after the other."""
+    device = devices.choose_device(config.device)
+    dtype = devices.choose_dtype(config.dtype, device)
+    found, rows, before = {}, [], None
+    for rung, meaning in RUNGS.items():
+        obstacle = find_obstacle(rung, device, dtype)
+        results = {} if obstacle else take_turns("train", [rung], config, config.rounds)
+        if rung not in results:
+            found[rung] = {"lacking": obstacle or "failed"}
+            rows.append([rung, meaning, found[rung]["lacking"], "", "", "", ""])
+            continue
+        first, *timed = results[rung]
+        ms = summarize([1e3 * turn["seconds"] for turn in timed])
+        rate = 1e3 * config.B * config.T / ms["median"]
+        step = ms | {"ms": ms["median"], "tokens_per_s": rate, "loss": first["loss"]}
+        step["mfu"] = find_shares(config, rate, machine)["mfu"]
+        step["gain"] = before / ms["median"] if before else None
+        step["peak_mb"] = max(turn["peak_mb"] for turn in results[rung])
+        step["first_step_s"] = first["wall"]
+        gain = f"{step['gain']:.2f} x" if before else ""
+        cells = [f"{rate:,.0f}", gain, f"{step['peak_mb']:,.0f}"]
+        rows.append([rung, meaning, *format_spread(ms), *cells])
+        found[rung], before = step, ms["median"]
+    title = f"The ladder: a step of B={config.B}, T={config.T}, each rung with all before it"
+    print_table(title, ["rung", "what", "ms a step", "spread", "tokens/s", "gain", "peak MB"], rows)
+    return found
+
+
+PARTS = {
+    "matmul": bench_matmul,
+    "train": bench_train,
+    "hellaswag": functools.partial(bench_rates, "hellaswag", "HellaSwag", "examples/s"),
+    "sample": functools.partial(bench_rates, "sample", "Sampling 4 x 120 tokens", "tokens/s"),
+    "optimizer": bench_optimizer,
+    "data": bench_data,
+}
+
+
+# -------------------------------------------------------------------------------------------------
+# The command
+
+
+def describe_machine(device: torch.device, dtype: torch.dtype) -> dict:
+    """The machine, the versions and the date that belong to every figure."""
     name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, IndexError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = [line.split(":")[1].strip() for line in lines if line.startswith("model name")][0]
+    with contextlib.suppress(OSError, TypeError):  # TypeError: no such line
+        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     name = f"{name}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     packages = ("torch", "transformers", "numpy")
     return {
         "device": name,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": devices.dtype_name(dtype),
         "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
         "versions": {package: importlib.metadata.version(package) for package in packages},
         "command": "python bench.py " + " ".join(sys.argv[1:]),
-        "peak_flops": train_gpt2.peak_flops(name, dtype),
+        "peak_flops": devices.peak_flops(name, dtype),
     }
 
 
-def check(config: Config) -> list[str]:
-    """The parts asked for. Raises SettingError where a setting is impossible."""
-    train_gpt2.check_system(config)
+def validate(config: Config) -> list[str]:
+    """The parts to run. Raises SettingError if a setting is not valid."""
+    devices.validate_device_and_dtype(config.device, config.dtype)
     parts = list(PARTS) if config.only == "all" else config.only.split(",")
     for part in parts:
         if part not in PARTS:
-            raise SettingError(f"only={config.only!r}: {cli.closest(part, PARTS)}")
-    for name in ("rounds", "T", "n_layer", "n_head", "n_embd"):
-        if getattr(config, name) < 1:
-            raise SettingError(f"{name}={getattr(config, name)}: must be at least 1")
-    if config.B < 0:
-        raise SettingError(f"B={config.B}: must be at least 0")
+            raise SettingError(f"only={config.only!r}: {cli.suggest(part, PARTS)}")
+    for name in ("B", "rounds", "T", "n_layer", "n_head", "n_embd"):
+        least = 0 if name == "B" else 1
+        if getattr(config, name) < least:
+            raise SettingError(f"{name}={getattr(config, name)}: must be at least {least}")
     if config.n_embd % config.n_head:
         raise SettingError(f"n_embd={config.n_embd}: must be a multiple of n_head={config.n_head}")
-    files = [Path(config.peer) / name for name in ("model.py", "train_gpt2.py")]
-    if config.peer and not any(file.exists() for file in files):
-        raise SettingError(f"peer={config.peer!r}: neither model.py nor train_gpt2.py is there")
+    peers = [Path(config.peer) / name for name in ("model.py", "train_gpt2.py")]
+    if config.peer and not any(file.exists() for file in peers):
+        raise SettingError(f"peer={config.peer!r}: has neither model.py nor train_gpt2.py")
     if config.hellaswag_data and not Path(config.hellaswag_data).is_file():
         raise SettingError(f"hellaswag_data={config.hellaswag_data!r}: no such file")
+    if not Path(config.json).parent.is_dir():
+        raise SettingError(f"json={config.json!r}: no such directory; choose another")
     return parts
 
 
 def main() -> int:
-    config = cli.parse(Config, {}, sys.argv[1:], "How fast GPT-2 is on this machine.")
-    parts = check(config)
-    device = train_gpt2.pick_device(config.device, 0)
-    dtype = train_gpt2.pick_dtype(config.dtype, device)
+    config = cli.parse(Config, {}, sys.argv[1:], "Speed of GPT-2 on this machine.")
+    parts = validate(config)
+    device = devices.choose_device(config.device)
     config = dataclasses.replace(config, B=config.B or (4 if device.type == "cpu" else 32))
-    facts = gather_facts(device, dtype)
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    print(f"{facts['device']}; {versions}; {facts['date']}")
-    print(f"{facts['command']}", flush=True)
-    names = ["transformers", "ours", "ours, compiled", "ours, int8"]
-    names += ["peer"] if config.peer else []
-    found = {"facts": facts}
-    if config.ladder:
-        found["ladder"] = bench_ladder(config, device, dtype, facts)
-        parts = []
-    for part in parts:
-        found[part] = globals()[f"bench_{part}"](config, names, facts)
+    machine = describe_machine(device, devices.choose_dtype(config.dtype, device))
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    print(f"{machine['device']}; {versions}; {machine['date']}")
+    print(f"{machine['command']}", flush=True)
+    run = {"ladder": bench_ladder} if config.ladder else {part: PARTS[part] for part in parts}
+    found = {"facts": machine}
+    for part, bench in run.items():
+        found[part] = bench(config, machine)
     if config.json:
-        try:
-            Path(config.json).write_text(json.dumps(found, indent=2), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"json={config.json!r}: {error.strerror}; choose another") from None
+        Path(config.json).write_text(json.dumps(found, indent=2), encoding="utf-8")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""bench.py times what it says it times, and a program that fails or a rung that lacks is named."""
+"""bench.py: the work that is timed, the tables and figures, and programs that fail."""
 
 import json
 import math
@@ -17,9 +17,10 @@ from support.errors import SettingError, UserError
 
 TINY = dict(n_layer=1, n_head=2, n_embd=16, T=32, B=2, rounds=1, dtype="float32", device="cpu")
 CPU = torch.device("cpu")
+PADDED = train_gpt2.GPTConfig.padded_vocab_size
 
-# A program like nanoGPT: the model in model.py, logits of the last place only without targets, and
-# statements that must not run.
+# A program like nanoGPT: the model in model.py, without targets logits of the last position only,
+# and statements that must not run.
 PEER = """
 import torch
 from dataclasses import dataclass
@@ -56,24 +57,24 @@ def peer(tmp_path):
     return tmp_path / "peer"
 
 
-def make(name: str, **settings):
+def build(name: str, **settings):
     return bench.PROGRAMS[name](bench.Config(**TINY | settings), CPU, torch.float32)
 
 
 @pytest.mark.parametrize("name", ["transformers", "ours", "peer"])
 def test_every_program_does_the_three_things(name, peer, monkeypatch):
-    """Trains, scores and samples; the parts of a step are those of the whole."""
+    """Trains, scores and samples."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     for module in ("model", "hellaswag", "train_gpt2"):
         monkeypatch.setitem(sys.modules, module, sys.modules.get(module))
     few = bench.find_examples(bench.Config(**TINY), 3)
     monkeypatch.setattr(bench, "find_examples", lambda config, count: few)
-    program = make(name, peer=str(peer))
+    program = build(name, peer=str(peer))
     before = [p.detach().clone() for p in program.model.parameters()]
     result = program.train()
     assert any(not torch.equal(a, b) for a, b in zip(before, program.model.parameters()))
     assert all(p.grad is None for p in program.model.parameters())
-    assert result["seconds"] > 0 and result["peak_mb"] > 100
+    assert result["seconds"] > 0 and program.peak_mb() > 100
     assert set(result["parts"]) == {"forward", "backward", "optimizer"} | (
         {"loss"} if name != "peer" else set()
     )
@@ -81,48 +82,45 @@ def test_every_program_does_the_three_things(name, peer, monkeypatch):
     assert program.sample()["count"] == 4 * 120
 
 
-def test_the_loader_and_the_tokenizers_are_timed():
-    rates = make("ours", B=64).data()
-    assert {"loader", "tiktoken"} <= set(rates) and min(rates.values()) > 0
+def test_the_tokenizers_are_timed():
+    rates = bench.time_tokenizers(1)
+    assert "tiktoken" in rates and min(rate["least"] for rate in rates.values()) > 0
 
 
-def test_the_wait_for_the_loader_is_told_as_a_share_of_the_step(monkeypatch):
-    """By a clock of the test's: a loader that takes 3 s, once 7, beside work of 1 s."""
-    took, now = iter([9.0, 3.0, 3.0, 7.0, 3.0, 3.0]), [0.0]
+def test_the_rate_of_the_loader_is_that_of_its_steps(monkeypatch):
+    """By a clock of the test's: the first step takes 9 s and does not count, the others 2, 4, 8."""
+    durations, now = iter([9.0, 2.0, 4.0, 8.0]), [0.0]
 
     class Loader(train_gpt2.DataLoaderLite):
         def next_step(self):
-            batch = super().next_step()
-            now[0] += next(took)
-            return batch
+            now[0] += next(durations)
+            return super().next_step()
 
     monkeypatch.setattr(train_gpt2, "DataLoaderLite", Loader)
     monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(bench.time, "sleep", lambda s: now.__setitem__(0, now[0] + s))
-    found = make("ours").loader(steps=6, rows=2, step_s=1.0)
-    assert found["share"] == 3 / 4 and found["longest"] == 8 / 4
-    assert math.isfinite(found["memory_mb"])
+    rows = 2
+    expected = dict(median=rows * 1024 / 4, least=rows * 1024 / 8, most=rows * 1024 / 2)
+    assert bench.time_loader(steps=4, rows=rows) == expected
 
 
 def test_both_optimizers_are_timed(monkeypatch, capsys):
-    program = make("ours")
+    program = build("ours")
     before = program.model.transformer.h[0].mlp.c_fc.weight.detach().clone()
     assert min(program.optimizers().values()) > 0
     assert not torch.equal(before, program.model.transformer.h[0].mlp.c_fc.weight)
     results = [{"adamw": 9, "muon": 9}, {"adamw": 0.1, "muon": 0.3}, {"adamw": 0.2, "muon": 0.5}]
-    monkeypatch.setattr(bench, "turns", lambda *_: {"ours": results})
-    found = bench.bench_optimizer(bench.Config(**TINY), [], {})
+    monkeypatch.setattr(bench, "take_turns", lambda *_: {"ours": results})
+    found = bench.bench_optimizer(bench.Config(**TINY), {})
     assert found["muon"]["median"] == pytest.approx(400) and "| muon" in capsys.readouterr().out
 
 
-def test_our_step_is_the_trainers():
-    """The weights after a step are those that the textbook's loss and AdamW give."""
-    program = make("ours")
-    model = make("ours").model
-    program.optimizer, program.tokens = program.make_optimizer(), program.batch()
+def test_our_step_is_that_of_the_trainer():
+    """The weights after a step are those of the plain loss and AdamW."""
+    program = build("ours")
+    model = build("ours").model
     assert [*program.step()] == ["forward", "loss", "backward", "optimizer"]
     optimizer = train_gpt2.configure_optimizer(model, train_gpt2.Config(), "cpu")
-    model(*program.tokens)[1].backward()
+    model(*program.batch)[1].backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     for a, b in zip(program.model.parameters(), model.parameters()):
@@ -130,21 +128,21 @@ def test_our_step_is_the_trainers():
 
 
 def test_every_rung_has_the_same_loss(monkeypatch):
-    """What is faster computes the same; without bfloat16 even to the sixth digit."""
+    """Without bfloat16 all rungs compute the same, to the sixth digit."""
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
                         torch.nn.functional.scaled_dot_product_attention)  # fmt: skip
-    monkeypatch.setattr(train_gpt2.GPTConfig, "rows", train_gpt2.GPTConfig.rows)
+    monkeypatch.setattr(train_gpt2.GPTConfig, "padded_vocab_size", PADDED)
     monkeypatch.setattr(torch, "compile", lambda f=None, **_: f)
     found = {}
     for rung in ("float32", "flash", "rows", "fused", "chunks"):
         with monkeypatch.context() as patch:
             patch.setattr(torch.nn.functional, "scaled_dot_product_attention",
                           torch.nn.functional.scaled_dot_product_attention)  # fmt: skip
-            patch.setattr(train_gpt2.GPTConfig, "rows", train_gpt2.GPTConfig.rows)
-            program = make(rung)
+            patch.setattr(train_gpt2.GPTConfig, "padded_vocab_size", PADDED)
+            program = build(rung)
             rows = program.model.lm_head.out_features
             assert rows == (50304 if "rows" in program.has else 50257)
-            # as many numbers drawn, so that both have the same weights
+            # The same number of random numbers, so that all rungs have the same weights.
             torch.manual_seed(0)
             with torch.no_grad():
                 for parameter in program.model.parameters():
@@ -156,11 +154,11 @@ def test_every_rung_has_the_same_loss(monkeypatch):
     assert found["float32"][0] != found["float32"][1]
 
 
-def test_rungs_that_a_device_lacks_are_named():
-    assert bench.lacking("TF32", CPU, torch.bfloat16) == "no tensor cores"
-    assert bench.lacking("bfloat16", CPU, torch.float32) == "no bfloat16 units"
-    assert bench.lacking("bfloat16", CPU, torch.bfloat16) is None
-    assert bench.lacking("float32", CPU, torch.float32) is None
+def test_rungs_that_a_device_does_not_have_are_named():
+    assert bench.find_obstacle("TF32", CPU, torch.bfloat16) == "no tensor cores"
+    assert bench.find_obstacle("bfloat16", CPU, torch.float32) == "no bfloat16 units"
+    assert bench.find_obstacle("bfloat16", CPU, torch.bfloat16) is None
+    assert bench.find_obstacle("float32", CPU, torch.float32) is None
 
 
 def run(*arguments, **kwargs) -> subprocess.CompletedProcess:
@@ -173,7 +171,7 @@ def run(*arguments, **kwargs) -> subprocess.CompletedProcess:
 
 @pytest.mark.faults
 def test_a_table_and_its_figures(tmp_path, peer):
-    """Programs in processes of their own; one that fails is named, and the others go on."""
+    """Programs run in processes of their own; one that fails is named, and the others continue."""
     (peer / "model.py").write_text(PEER.replace("self.wte(idx)", "self.wte(idx + 60000)"))
     path = tmp_path / "out.json"
     done = run("--only=sample", f"--peer={peer}", f"--json={path}", cwd=tmp_path)
@@ -189,68 +187,77 @@ def test_a_table_and_its_figures(tmp_path, peer):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.json", "peer"]
 
 
-def test_the_command_prints_a_table_and_writes_its_figures(tmp_path):
+def test_the_command_prints_a_table_and_writes_its_figures(tmp_path, monkeypatch, capsys):
     path = tmp_path / "out.json"
-    done = run("--only=optimizer", f"--json={path}", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(path.read_text())["optimizer"]
+    arguments = [f"--{name}={value}" for name, value in TINY.items()]
+    monkeypatch.setattr(sys, "argv", ["bench.py", *arguments, "--only=optimizer", f"--json={path}"])
+    monkeypatch.chdir(tmp_path)
+    assert bench.main() == 0
+    found, out = json.loads(path.read_text())["optimizer"], capsys.readouterr().out
     for name in ("adamw", "muon"):
         assert 0 < found[name]["least"] <= found[name]["median"] <= found[name]["most"]
-        assert re.search(rf"\| {name} +\| {found[name]['median']:,.1f} +\|", done.stdout)
+        assert re.search(rf"\| {name} +\| {found[name]['median']:,.1f} +\|", out)
     assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
 
 
-def test_a_step_is_compared_with_the_fastest_product_before_and_after_it(monkeypatch, capsys):
-    """1e9 FLOP/s before and 4e9 after: a step of 1e9 is a quarter of what the machine can."""
-    config, facts = bench.Config(**TINY), {"peak_flops": None, "dtype": "float32"}
-    flops = 2 * 32 * bench.flops_per_token(config)
-    rates = iter([1e9, 4e9])
-    step = {"seconds": flops / 1e9, "parts": {}, "peak_mb": 1.0, "wall": 1.0}
+def test_a_step_is_compared_with_the_fastest_product(monkeypatch, capsys):
+    """Products at 1e9 and at 4e9 FLOP/s: a step at 1e9 is a quarter of what the machine can."""
+    config, machine = bench.Config(**TINY), {"peak_flops": None, "dtype": "float32"}
+    count = config.B * config.T
+    seconds = count * bench.flops_per_token(config) / 1e9
+    step = {"seconds": seconds, "count": count, "parts": {}, "peak_mb": 1.0, "wall": 1.0}
     results = {
-        "train": lambda: {"ours": [step] * 2},
-        "matmul": lambda: {"ours": [{"flops": next(rates)}]},
+        "train": {"ours": [step] * 2},
+        "matmul": {"ours": [{"flops": 1e9}, {"flops": 4e9}]},
     }
-    monkeypatch.setattr(bench, "turns", lambda part, *_: results[part]())
-    assert bench.bench_matmul(config, ["ours"], facts)["measured"] == 1e9
-    found = bench.bench_train(config, ["ours"], facts)
+    monkeypatch.setattr(bench, "take_turns", lambda part, *_: results[part])
+    assert bench.bench_matmul(config, machine)["measured"] == 4e9
+    found = bench.bench_train(config, machine)
     assert found["ours"]["of_measured_matmul"] == pytest.approx(0.25)
-    assert "25 %" in capsys.readouterr().out
+    assert "25%" in capsys.readouterr().out
 
 
-def test_the_ladder_is_climbed_and_drawn(tmp_path, monkeypatch):
-    """On a CPU: TF32 is named as lacking, every other rung has its figures, and a bar."""
-    monkeypatch.setattr(bench, "RUNGS", {name: bench.RUNGS[name] for name in ("float32", "TF32")})
-    results = {"float32": [{"seconds": 0.2, "peak_mb": 1.0, "wall": 9.0, "loss": 10.0}] * 2}
-    monkeypatch.setattr(bench, "turns", lambda part, names, config, rounds: results)
-    config = bench.Config(**TINY, plot=str(tmp_path / "ladder.png"))
-    facts = bench.gather_facts(CPU, torch.float32)
-    found = bench.bench_ladder(config, CPU, torch.float32, facts)
+def test_the_ladder_is_climbed(monkeypatch, capsys):
+    """On a CPU: TF32 is named as missing, the other rungs have their figures."""
+    rungs = {name: bench.RUNGS[name] for name in ("float32", "TF32", "flash")}
+    monkeypatch.setattr(bench, "RUNGS", rungs)
+    seconds = {"float32": 0.2, "flash": 0.1}
+
+    def take_turns(part, names, config, rounds):
+        turn = {"seconds": seconds[names[0]], "peak_mb": 1.0, "wall": 9.0, "loss": 10.0}
+        return {names[0]: [turn] * 2}
+
+    monkeypatch.setattr(bench, "take_turns", take_turns)
+    found = bench.bench_ladder(bench.Config(**TINY), {})
     assert found["TF32"] == {"lacking": "no tensor cores"}
     assert found["float32"]["ms"] == pytest.approx(200)
     assert found["float32"]["tokens_per_s"] == pytest.approx(2 * 32 / 0.2)
-    assert (tmp_path / "ladder.png").read_bytes()[:4] == b"\x89PNG"
+    assert "no tensor cores" in (out := capsys.readouterr().out) and "| 2.00 x" in out
 
 
 def test_rates_are_medians_of_the_timed_turns(capsys):
-    """The first turn, which warms up, counts for nothing."""
+    """The first turn, which warms up, does not count, except for the memory."""
     times = {"transformers": [100, 2, 4, 3], "ours": [100, 1, 1.5, 0.5]}
-    results = {name: [{"seconds": s} for s in seconds] for name, seconds in times.items()}
-    found = bench.rates_table("t", "u", results, lambda _: 12)
-    assert found["transformers"] == {"median": 4.0, "least": 3.0, "most": 6.0}
+    results = {
+        name: [{"seconds": s, "count": 12, "peak_mb": s} for s in seconds]
+        for name, seconds in times.items()
+    }
+    found = bench.print_rates("t", "u", results)
+    assert found["transformers"] == dict(median=4.0, least=3.0, most=6.0, peak_mb=100)
     assert found["ours"]["median"] == 12.0 and "3.00 x" in capsys.readouterr().out
 
 
 def test_flops_are_those_of_the_model():
     c = bench.Config()
-    assert bench.flops_per_token(c) == train_gpt2.GPT(
-        train_gpt2.GPTConfig(n_layer=12)
-    ).flops_per_token(1024)
+    with torch.device("meta"):
+        model = train_gpt2.GPT(train_gpt2.GPTConfig(n_layer=12))
+    assert bench.flops_per_token(c) == model.flops_per_token(1024)
     assert math.isclose(bench.flops_per_token(c), 7.98e8, rel_tol=0.01)
 
 
-def test_examples_are_made_up_where_there_are_none(monkeypatch, tmp_path):
-    """As many as asked for, with four endings, the same each time."""
-    monkeypatch.setattr(bench.hellaswag, "FOLDER", tmp_path)
+def test_without_a_file_examples_are_pieces_of_input_txt(monkeypatch, tmp_path):
+    """The right number, with four endings, the same each time."""
+    monkeypatch.setattr(bench.hellaswag_eval, "FOLDER", tmp_path)
     examples = bench.find_examples(bench.Config(**TINY), 24)
     assert len(examples) == 24 and examples == bench.find_examples(bench.Config(**TINY), 24)
     for example in examples:
@@ -269,13 +276,13 @@ def test_examples_are_made_up_where_there_are_none(monkeypatch, tmp_path):
 ])  # fmt: skip
 def test_wrong_input_is_refused(settings, words):
     with pytest.raises(SettingError) as refusal:
-        bench.check(bench.Config(**TINY | settings))
+        bench.validate(bench.Config(**TINY | settings))
     for word in words:
         assert word in str(refusal.value)
 
 
 def test_figures_that_cannot_be_written_are_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "bench_data", lambda *_: {})
+    monkeypatch.setitem(bench.PARTS, "data", lambda *_: {})
     arguments = [f"--{name}={value}" for name, value in TINY.items()]
     arguments += ["--only=data", f"--json={tmp_path}/none/out.json"]
     monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])

@@ -1,7 +1,6 @@
-"""The curves: each point where it was measured, published lines where they mean something.
+"""plot.py: the points, lines, texts and limits of the Figure, and the command.
 
-Oracles: the numbers put into the logs, plain loops, and the lines and texts of the Figure; no
-pixels, but for the PNG's head and its size.
+Oracles are the numbers written to the logs, and plain loops. Pixels are not compared.
 """
 
 import json
@@ -17,6 +16,7 @@ import pytest
 from conftest import ROOT
 
 import plot
+from support import files
 from support.errors import UserError, run_main
 
 NANOGPT = (
@@ -25,14 +25,14 @@ NANOGPT = (
 
 
 def write_run(directory: Path, log: str, progress: str | None = None, data: str | None = None):
-    """A log directory with what a run left there; `data` is that of its run.json."""
+    """Creates the log directory of a run; `data` is the setting in its run.json."""
     directory.mkdir(parents=True)
     (directory / "log.txt").write_text(log)
     if progress is not None:
         (directory / "progress.txt").write_text(progress)
     if data is not None:
-        facts = {"data": "a hash", "settings": {"data": data, "total_batch_size": 2048}}
-        (directory / "run.json").write_text(json.dumps(facts))
+        content = {"data": "a hash", "settings": {"data": data, "total_batch_size": 2048}}
+        (directory / "run.json").write_text(json.dumps(content))
     return str(directory)
 
 
@@ -42,7 +42,7 @@ def stream(name: str, values) -> str:
 
 
 def steady(steps: int, batch: int = 2048, seconds: float = 0.5) -> str:
-    """A progress.txt of steps that are all alike."""
+    """A progress.txt of equal steps."""
     return "".join(f"{i} {(i + 1) * batch} {(i + 1) * seconds}\n" for i in range(steps))
 
 
@@ -86,11 +86,11 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
 
 
 # -------------------------------------------------------------------------------------------------
-# Where the points are
+# The points
 
 
 def test_each_point_is_at_what_was_trained_before_its_step(tmp_path):
-    """A growing batch, steps of unequal length: line s - 1 of progress.txt, and 0 at step 0."""
+    """With a growing batch and steps of unequal length: line s - 1 of progress.txt, 0 at step 0."""
     tokens, seconds = [1000, 3000, 6000, 10_000], [0.5, 1.25, 2.5, 4.0]
     progress = "".join(f"{i} {n} {s}\n" for i, (n, s) in enumerate(zip(tokens, seconds)))
     log = stream("train", {0: 10.8, 1: 9, 2: 8, 3: 7}) + stream("val", {0: 10.9, 2: 8.5, 4: 6})
@@ -104,7 +104,7 @@ def test_each_point_is_at_what_was_trained_before_its_step(tmp_path):
     assert line(hella, "a hella") == ([10], [0.26]) and line(hella_time, "a hella") == ([4], [0.26])
 
 
-def test_build_nanogpts_log_has_its_batch_and_no_time(tmp_path):
+def test_a_log_of_build_nanogpt_has_its_batch_and_no_time(tmp_path):
     rows, figure = draw(write_run(tmp_path / "theirs", NANOGPT))
     assert [len(row) for row in rows] == [1, 1]
     assert line(rows[0][0], "theirs val") == ([0, 250 * 524_288 / 1e6], [10.9504, 5.9])
@@ -120,14 +120,14 @@ def test_without_progress_the_batch_is_that_of_run_json(tmp_path):
 
 @pytest.mark.parametrize("rest", ["", "2 6144", "2 6144 1.", "2"])
 def test_what_progress_does_not_know_yet_is_left_out(tmp_path, rest):
-    """Two lines, and a third without its end, which may be cut in the middle of a number."""
+    """Two lines, and a third that is incomplete, perhaps in the middle of a number."""
     log = stream("train", {i: 10 - i for i in range(6)})
     ((left, right),), _ = draw(write_run(tmp_path / "a", log, steady(2) + rest, "x.txt"))
     assert line(left, "a each step") == ([0, 2.048, 4.096], [10, 9, 8])
     assert line(right, "a smoothed")[0] == [0, 0.5, 1]
 
 
-def test_a_progress_of_no_line_is_none(tmp_path):
+def test_a_progress_txt_without_a_line_counts_as_missing(tmp_path):
     rows, _ = draw(write_run(tmp_path / "a", NANOGPT, progress="0 2048", data="x.txt"))
     assert len(rows[0]) == 1
 
@@ -141,14 +141,21 @@ def test_a_run_without_times_has_no_line_over_time(tmp_path):
 
 
 @pytest.mark.parametrize("end", ["", "3 train 7.", "3 tra", "3", "\n\n", "3 other 1\n"])
-def test_only_whole_lines_count(tmp_path, end):
+def test_only_complete_lines_count(tmp_path, end):
     log = stream("train", {0: 10, 1: 9, 2: 8}) + end
     ((axes,),), _ = draw(write_run(tmp_path / "a", log))
     assert line(axes, "a each step")[1] == [10, 9, 8]
 
 
+def test_bytes_that_are_not_text_are_no_error(tmp_path):
+    log = Path(write_run(tmp_path / "a", "")) / "log.txt"
+    log.write_bytes(b"0 train 10\n\xff\xfe train 3\n1 \xff 3\n1 train 9\n")
+    ((axes,),), _ = draw(log)
+    assert line(axes, "a each step")[1] == [10, 9]
+
+
 def test_what_is_not_finite_is_left_out(tmp_path):
-    """Each stream goes on after it; the smoothed line is that of the rest."""
+    """Each stream continues after it; the smoothed line is that of the other values."""
     train = {i: 10 - i / 100 for i in range(300)} | {0: "nan", 7: "inf", 150: "-inf"}
     log = stream("train", train) + stream("val", {0: "inf", 100: 5, 200: "nan"})
     ((axes,),), _ = draw(write_run(tmp_path / "a", log + "9 hella nan\n"))
@@ -167,7 +174,7 @@ def test_a_step_that_was_logged_twice_has_its_last_value(tmp_path):
     "log", ["0 train 9\n", "0 val 9\n", "5 hella 0.3\n", "0 train 9\n0 val 9\n"]
 )
 @pytest.mark.parametrize("data", ["x.txt", "edu_fineweb10B"])
-def test_a_single_point_is_seen(tmp_path, log, data):
+def test_a_single_point_is_visible(tmp_path, log, data):
     rows, _ = draw(write_run(tmp_path / "a", log, steady(9), data))
     for axes, _ in rows:
         for one in axes.get_lines():
@@ -203,8 +210,8 @@ def test_smoothing_is_the_mean_of_2_percent(n):
     np.testing.assert_allclose(plot.smooth(values), expected, rtol=1e-10)
 
 
-def test_smoothing_does_not_bend_the_ends():
-    """Of a level: the level. Of a fall: the fall, but for half a window at the very end."""
+def test_smoothing_keeps_the_ends():
+    """Of a constant: the constant. Of a fall: the fall, except for half a window at the end."""
     np.testing.assert_allclose(plot.smooth(np.full(1000, 3.3)), 3.3)
     fall = np.linspace(11, 3, 1000)
     np.testing.assert_allclose(plot.smooth(fall)[:-10], fall[:-10])
@@ -212,7 +219,7 @@ def test_smoothing_does_not_bend_the_ends():
 
 
 @pytest.mark.parametrize("n", [5, 1999, 2001, 20_000, 20_001])
-def test_a_thinned_line_keeps_what_sticks_out(n):
+def test_a_thinned_line_keeps_its_extremes(n):
     y = np.random.default_rng(n).normal(size=n)
     y[n // 3], y[-1] = 100, -100
     x, thinned = plot.thin(np.arange(n), y)
@@ -224,7 +231,7 @@ def gpt2_losses(steps: int) -> dict[int, float]:
     return {i: 3 + 8 * math.exp(-i / 300) + 0.05 * math.sin(i * i) for i in range(steps)}
 
 
-def test_a_short_run_is_seen_whole_and_a_long_one_from_where_it_matters(tmp_path):
+def test_a_short_run_is_visible_from_the_start_and_a_long_one_after_the_first_fall(tmp_path):
     losses = gpt2_losses(20_000)
     long = write_run(tmp_path / "long", stream("train", losses), steady(20_000))
     ((axes, _),), _ = draw(long)
@@ -234,11 +241,11 @@ def test_a_short_run_is_seen_whole_and_a_long_one_from_where_it_matters(tmp_path
     short = {i: 10.8 - 7.2 * (i / 299) ** 0.5 for i in range(300)}
     ((axes, _),), _ = draw(write_run(tmp_path / "s", stream("train", short), steady(300), "x.txt"))
     assert axes.get_ylim()[0] < 3.6 and 10.8 < axes.get_ylim()[1] < 11.5
-    ((axes, _),), _ = draw(long, str(tmp_path / "s"))  # beside the long one its end is seen
+    ((axes, _),), _ = draw(long, str(tmp_path / "s"))  # beside the long run only its end is visible
     assert axes.get_ylim()[1] < 5
 
 
-def test_a_loss_that_explodes_does_not_squash_the_rest(tmp_path):
+def test_a_loss_that_diverges_leaves_room_for_the_rest(tmp_path):
     losses = {i: 10.9 - i / 50 for i in range(200)} | {200: 1e30}
     ((axes,),), _ = draw(write_run(tmp_path / "a", stream("train", losses)))
     assert 10.9 < axes.get_ylim()[1] < 12 and axes.get_ylim()[0] < 6.9
@@ -258,7 +265,7 @@ def test_units_fit_the_axis(column, largest, divisor, label):
     assert plot.choose_unit(column, largest) == (divisor, label)
 
 
-def test_axes_say_what_they_show(tmp_path):
+def test_axes_are_labelled(tmp_path):
     progress = steady(251, batch=524_288, seconds=60)
     rows, figure = draw(write_run(tmp_path / "a", NANOGPT, progress, "x.txt"))
     assert [row[0].get_ylabel() for row in rows] == [
@@ -292,16 +299,16 @@ def test_the_published_loss_is_drawn_only_for_fineweb(tmp_path, data, shown):
         assert not shown or axes.get_ylim()[0] < 3.2924 < axes.get_ylim()[1]
     for axes in rows[1]:
         assert level_lines(axes) == [0.2955, 0.337]
-    told = [text.get_text() for axes in (rows[0][-1], rows[1][-1]) for text in axes.texts]
-    assert any("3.2924" in text for text in told) == shown
-    assert {"GPT-2 124M\n0.2955", "GPT-3 124M\n0.337"} <= set(told)
+    texts = [text.get_text() for axes in (rows[0][-1], rows[1][-1]) for text in axes.texts]
+    assert any("3.2924" in text for text in texts) == shown
+    assert {"GPT-2 124M\n0.2955", "GPT-3 124M\n0.337"} <= set(texts)
     assert not rows[0][0].texts and not rows[1][0].texts  # once, right of the last column
 
 
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", "{}", '{"settings": 3}', '{"settings": {"data": 3}}']
 )
-def test_a_damaged_run_json_is_not_taken_for_fineweb(tmp_path, content):
+def test_a_damaged_run_json_does_not_count_as_fineweb(tmp_path, content):
     log = write_run(tmp_path / "a", NANOGPT)
     (tmp_path / "a/run.json").write_text(content)
     assert level_lines(draw(log)[0][0][0]) == []
@@ -348,14 +355,14 @@ def test_a_root_among_the_names(tmp_path):
     ]
 
 
-def test_a_name_without_end_is_shortened(tmp_path):
+def test_a_very_long_name_is_shortened(tmp_path):
     _, figure = draw(write_run(tmp_path / ("a" * 100 + "b" * 100), "0 val 10\n"))
     assert legend_names(figure) == ["a" * 35 + "…" + "b" * 35]
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 12])
-def test_nothing_covers_anything(tmp_path, count):
-    """Legends, labels and axes, laid out as in the PNG: no two overlap, none is cut off."""
+def test_nothing_overlaps(tmp_path, count):
+    """Legends, labels and axes, in the layout of the PNG: no two overlap, none is cut off."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     logs = [
@@ -382,7 +389,7 @@ def test_nothing_covers_anything(tmp_path, count):
 
 
 # -------------------------------------------------------------------------------------------------
-# The program
+# The command
 
 
 def test_20000_steps_make_a_small_picture(tmp_path, capsys):
@@ -406,7 +413,7 @@ def test_20000_steps_make_a_small_picture(tmp_path, capsys):
     assert corner[:3].tolist() == [1, 1, 1] and (len(corner) == 3 or corner[3] == 1)
 
 
-def test_a_matplotlibrc_in_the_dark_changes_nothing(tmp_path):
+def test_a_dark_matplotlibrc_changes_nothing(tmp_path):
     import matplotlib
 
     with matplotlib.rc_context({"axes.facecolor": "black", "figure.facecolor": "black"}):
@@ -433,21 +440,21 @@ def test_where_the_picture_goes(tmp_path, monkeypatch, capsys, arguments, place)
 
 
 class Blank:
-    """Instead of a Figure, where only the file is of interest."""
+    """Replaces a Figure in tests of the file only."""
 
     def savefig(self, file, **settings):
         file.write(b"a picture")
 
 
 def test_a_failed_write_leaves_the_earlier_picture(tmp_path, monkeypatch):
-    """The disk is full, or the last step is refused."""
+    """If the disk is full, and if the file cannot be renamed."""
     path = tmp_path / "curves.png"
     path.write_bytes(b"earlier")
 
     def refuse(*arguments):
         raise OSError(28, "No space left on device")
 
-    for module, name in ((plot.checkpoint, "flush"), (plot.os, "replace")):
+    for module, name in ((files, "sync"), (files.os, "replace")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, refuse)
             with pytest.raises(UserError, match="curves.png.*No space left on device.*choose"):
@@ -465,7 +472,7 @@ def test_help_is_short_and_complete(capsys):
 
 @pytest.mark.parametrize("arguments, message", [
     (["progress"], "progress.txt: cannot be read (invalid literal for int() with base 10: 'a')"),
-    ([], "log: no such directory; train one (python train_gpt2.py tiny makes log_tiny)"),
+    ([], "log: no such directory; train a model (python train_gpt2.py tiny creates log_tiny)"),
     (["nowhere"], "nowhere: no such directory"),
     (["good", "nowhere"], "nowhere: no such directory"),
     (["empty"], "empty: no log.txt in it; give the log_dir of a run, or a log.txt"),
@@ -474,7 +481,7 @@ def test_help_is_short_and_complete(capsys):
     (["nan"], "log.txt: has no line `step stream value`"),
     (["damaged"], "log.txt: cannot be read (could not convert string to float: 'x')"),
     (["odd"], "log.txt: cannot be read (Is a directory)"),
-    (["good", "-o", "no/where/x.png"], "out='no/where/x.png': no directory no/where; make it"),
+    (["good", "-o", "no/where/x.png"], "out='no/where/x.png': no directory no/where; create it"),
     (["good", "-o", "taken.png"], "out='taken.png': cannot be written (Is a directory); choose"),
     (["good", "-o", "good/log.txt/x.png"], "out='good/log.txt/x.png': no directory good/log.txt"),
     (["good", "-o", "x.pdf"], "out='x.pdf': must end in .png"),
@@ -508,13 +515,13 @@ def test_a_directory_that_may_not_be_written(tmp_path, monkeypatch, capsys):
     assert code == 2 and "cannot be written (Permission denied); choose another file" in err
 
 
-def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch, capsys):
+def test_without_matplotlib_the_error_names_the_package(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, err = run(capsys, write_run(tmp_path / "a", "0 val 10\n"))
     assert code == 2 and err.count("\n") == 1 and err.endswith("pip install matplotlib\n")
 
 
-def test_as_a_program_it_needs_neither_pytorch_nor_a_window_system(tmp_path):
+def test_the_command_needs_neither_pytorch_nor_a_window_system(tmp_path):
     log = write_run(tmp_path / "a", NANOGPT, steady(251), "edu_fineweb10B")
     code = (
         "import sys, runpy; sys.argv = ['plot.py', *sys.argv[1:]]\n"
