@@ -1,59 +1,38 @@
-"""Checkpoint directories that are either whole or not there.
+"""Checkpoint directories that are either complete or not there, and what a kill leaves of them.
 
 A directory is filled under a hidden name, the size and SHA-256 of each file go into `files.json`,
-everything is flushed to the disk, and only then it is renamed to its final name: a kill at any
+everything is synced to the disk, and only then is it renamed to its final name. A kill at any
 instant leaves the earlier checkpoints as they were.
 """
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
+
 from support.errors import UserError
+from support.files import sha256, sync
+from support.launch import print0
 
 MANIFEST = "files.json"
 STEP_NAME = re.compile(r"step_(\d{5,})")
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Waits until a file or directory is on the disk."""
-    if path.is_dir() and os.name != "posix":
-        return  # Windows cannot flush a directory
-    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a small file beside its place and renames it there."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8", newline="\n")
-        flush(partial)
-        os.replace(partial, path)
-    except OSError:  # a full disk is not to be kept full
-        partial.unlink(missing_ok=True)
-        raise
+def step_directory(log_dir, step: int) -> Path:
+    """The directory of the checkpoint after `step` steps."""
+    return Path(log_dir) / f"step_{step:05d}"
 
 
 def write_directory(target: Path, fill) -> None:
-    """Makes `target` with what `fill(directory)` writes: all of it, or nothing.
+    """Creates `target` with the files that `fill(directory)` writes: all of them, or none.
 
-    Raises OSError (a full disk, say) with `target` as it was and no partial files left.
+    An existing `target` is a damaged checkpoint that a restarted run writes again.
+    Raises OSError (e.g. a full disk) with no partial files left.
     """
     partial = target.with_name(f".{target.name}.partial")
-    replaced = target.with_name(f".{target.name}.replaced")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -64,22 +43,33 @@ def write_directory(target: Path, fill) -> None:
         }
         (partial / MANIFEST).write_text(json.dumps(files, indent=2), encoding="utf-8")
         for path in (*partial.iterdir(), partial):
-            flush(path)
-        if target.exists():  # a damaged one that a restarted run writes again
-            shutil.rmtree(replaced, ignore_errors=True)
-            target.rename(replaced)
+            sync(path)
+        if target.exists():
+            shutil.rmtree(target)
         partial.rename(target)
-        flush(target.parent)
+        sync(target.parent)
     except BaseException:
-        if replaced.exists() and not target.exists():
-            replaced.rename(target)
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
-def damage(directory: Path) -> str | None:
-    """What is wrong with a checkpoint directory, in a few words, or None if it is whole."""
+def save(log_dir: Path, step: int, fill) -> None:
+    """Writes the checkpoint after `step` steps. Raises UserError if the disk is full."""
+    directory = step_directory(log_dir, step)
+    try:
+        write_directory(directory, fill)
+    except (OSError, SafetensorError, RuntimeError) as error:  # a full disk raises all three
+        kept = ", ".join(path.name for path in list_checkpoints(log_dir).values())
+        raise UserError(
+            f"log_dir={str(log_dir)!r}: the checkpoint of step {step} could not be written "
+            f"({str(error).strip()}); make room and run the same command again "
+            f"(complete checkpoints: {kept or 'none'})"
+        ) from None
+    print0(f"step {step:5d} | saved {directory}")
+
+
+def find_problem(directory: Path) -> str | None:
+    """What is wrong with a checkpoint directory, in a few words; None if it is valid."""
     try:
         files = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         if not files:
@@ -100,7 +90,7 @@ def damage(directory: Path) -> str | None:
 
 
 def list_checkpoints(log_dir: Path) -> dict[int, Path]:
-    """{step: directory} of the checkpoints in `log_dir`, oldest first, whole or not."""
+    """{step: directory} of the checkpoints in `log_dir`, oldest first, valid or not."""
     found = {}
     if log_dir.is_dir():
         for path in log_dir.iterdir():
@@ -109,35 +99,53 @@ def list_checkpoints(log_dir: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def newest_whole(log_dir: Path, say=print) -> Path | None:
-    """The newest checkpoint that is whole, or None where there is none at all.
+def newest_valid(log_dir: Path, file=None) -> Path | None:
+    """The newest valid checkpoint in `log_dir`; None if it holds no checkpoint.
 
-    `say(line)` hears of each damaged one that was passed over. Raises UserError where there are
-    checkpoints and all are damaged: starting afresh must be the user's decision.
+    Prints a line for each damaged checkpoint that it skips (to `file`, default standard output).
+    Raises UserError if all are damaged: starting over must be the user's decision.
     """
     checkpoints = list_checkpoints(log_dir)
     for path in reversed(checkpoints.values()):
-        if (reason := damage(path)) is None:
+        if (problem := find_problem(path)) is None:
             return path
-        say(f"{path}: damaged, not used: {reason}")
+        print0(f"{path}: damaged, not used: {problem}", file=file)
     if checkpoints:
         raise UserError(
             f"log_dir={str(log_dir)!r}: every checkpoint in it is damaged; "
-            "remove them to start again, or choose another --log_dir"
+            "remove them to start over, or choose another --log_dir"
         )
     return None
 
 
-def prune(log_dir: Path, newest: int, keep: int, best: int | None) -> None:
-    """Removes all checkpoints but the last `keep` up to step `newest`, and the one of step `best`.
+def describe_newest(log_dir: Path) -> str:
+    """A few words on the newest checkpoint, for an error message."""
+    steps = list(list_checkpoints(log_dir))
+    return f"the last good checkpoint is {f'step_{steps[-1]:05d}' if steps else 'none'}"
 
-    newest: the step just written. What is above it was passed over as damaged, and goes too, as do
-    the partial ones of killed runs. A directory that cannot be removed stays.
+
+def load_state(path: Path) -> dict:
+    """The content of a `train_state.pt`, loaded without running code that may be in it.
+
+    Raises UserError if it cannot be read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{path}: cannot be read ({reason}); remove {path.parent}") from None
+
+
+def prune(log_dir: Path, newest: int, keep: int, best: int | None) -> None:
+    """Removes all checkpoints but the last `keep` up to step `newest` and that of step `best`.
+
+    newest: the step written last. Later ones are damaged checkpoints that the run skipped, and are
+    removed, as are the partial directories of killed runs. What cannot be removed stays.
     """
     checkpoints = list_checkpoints(log_dir)
     kept = [step for step in checkpoints if step <= newest][-keep:]
     for step, path in checkpoints.items():
         if step not in (*kept, best):
             shutil.rmtree(path, ignore_errors=True)
-    for path in (*log_dir.glob(".step_*.partial"), *log_dir.glob(".step_*.replaced")):
+    for path in log_dir.glob(".step_*.partial"):
         shutil.rmtree(path, ignore_errors=True)

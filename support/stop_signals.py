@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1 as a wish that all processes of a run obey at the same point."""
+"""Coordinated shutdown on SIGTERM, SIGINT and SIGUSR1: all ranks stop at the same step."""
 
 import ctypes
 import functools
@@ -9,12 +9,14 @@ import time
 
 import torch
 
+from support.distributed import Runtime
+
 NAMES = [name for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
-PATIENCE_S = 10  # for the step in progress: torchrun and Slurm kill after 30
+STEP_TIMEOUT_S = 10  # for the step in progress to end: torchrun and Slurm kill after 30
 
 
 class Stopped(Exception):
-    """Raised in all processes at the same point: they are to save and leave for signal `number`."""
+    """Raised on all ranks at the same point: they save and exit because of signal `number`."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -22,32 +24,32 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """A context in which the signals are only noted; a second SIGINT interrupts at once.
+    """A context in which the signals are only recorded; a second SIGINT interrupts at once.
 
-    Each process adds its `row()` to a sum over all processes, and `number_in(sum)` tells them all
-    the same; `check` does both. processes: of the trainer, for their `sum`
+    Each rank adds its `row()` to a sum over all ranks, from which `number_in` gives the same answer
+    on each of them; `check` does both.
     """
 
-    def __init__(self, processes):
-        self.processes = processes
+    def __init__(self, runtime: Runtime):
+        self.runtime = runtime
         self.received, self.received_at = None, 0.0  # index into NAMES, time.monotonic()
-        # Made now, so that a step copies nothing to the device: row 0 for no signal, then one each.
-        self.rows = torch.eye(len(NAMES) + 1, device=processes.device)[:, 1:]
-        self.former = {}
-        self.counts = None  # of the last `check`
+        # On the device, so that no step has to copy: row 0 for no signal, then one row each.
+        self.rows = torch.eye(len(NAMES) + 1, device=runtime.device)[:, 1:]
+        self.previous_handlers = {}
+        self.counts = None  # summed row of the last `check`
 
     def __enter__(self):
         for index, name in enumerate(NAMES):
-            number = getattr(signal, name)
-            self.former[number] = signal.signal(number, functools.partial(self.note, index))
-        leave_with_the_launcher()
+            number, handler = getattr(signal, name), functools.partial(self.record, index)
+            self.previous_handlers[number] = signal.signal(number, handler)
+        stop_with_launcher()
         return self
 
     def __exit__(self, *_):
-        for number, handler in self.former.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
 
-    def note(self, index, number, frame):
+    def record(self, index, number, frame):
         """The handler of the signals."""
         if number == signal.SIGINT and self.received == index:
             raise KeyboardInterrupt
@@ -55,42 +57,44 @@ class StopSignals:
             self.received_at = time.monotonic()
         self.received = index
 
-    def due(self, patience_s: float) -> bool:
-        """Whether this process received a signal at least `patience_s` ago."""
-        return self.received is not None and time.monotonic() - self.received_at >= patience_s
+    def is_due(self, delay_s: float) -> bool:
+        """Whether this process received a signal at least `delay_s` ago."""
+        return self.received is not None and time.monotonic() - self.received_at >= delay_s
 
-    def row(self, patience_s: float = 0.0):
-        """float32 (signals,) on the device: a one for the signal that is due."""
-        return self.rows[self.received + 1 if self.due(patience_s) else 0]
+    def row(self, delay_s: float = 0.0) -> torch.Tensor:
+        """float32 (signals,) on the device: 1 for the signal that is due, else 0."""
+        return self.rows[self.received + 1 if self.is_due(delay_s) else 0]
 
-    def check(self, patience_s: float = 0.0) -> None:
-        """Raises Stopped in all processes alike where a signal was due in one of them.
+    def check(self, delay_s: float = 0.0) -> None:
+        """Raises Stopped on all ranks if a signal was due on one of them at the call before.
 
-        It tells what was so at the call before: a GPU, meanwhile, has more to do.
+        The answer is one call late so that a GPU always has work left.
         """
-        before, self.counts = self.counts, self.processes.sum(self.row(patience_s).clone())
+        before, self.counts = self.counts, self.runtime.all_reduce(self.row(delay_s).clone())
         if before is not None and (number := self.number_in(before.tolist())):
             raise Stopped(number)
 
     def check_in_step(self) -> None:
-        """`check` between two micro-steps, for a signal that waits for the end of a long step."""
-        if self.processes.world_size == 1:
-            if self.due(PATIENCE_S):
+        """`check` between micro-steps, for a signal that has waited too long for the step's end."""
+        if self.runtime.world_size == 1:
+            if self.is_due(STEP_TIMEOUT_S):
                 raise Stopped(getattr(signal, NAMES[self.received]))
-        elif self.processes.device.type == "cpu":  # several GPUs take seconds for a step
-            self.check(PATIENCE_S)
+        elif self.runtime.device.type == "cpu":  # a step on several GPUs takes seconds at most
+            self.check(STEP_TIMEOUT_S)
 
     @staticmethod
     def number_in(counts) -> int | None:
-        """The number of a signal that some process received, from the summed rows; or None."""
+        """The number of a signal that some rank received, from the summed rows; or None."""
         for name, count in zip(NAMES, counts):
             if count > 0:
                 return int(getattr(signal, name))
         return None
 
 
-def leave_with_the_launcher() -> None:
-    """Has the kernel send SIGTERM when torchrun is gone, which else would leave its processes to
-    train on unseen: SIGUSR1, say, kills it on the spot."""
+def stop_with_launcher() -> None:
+    """Makes the kernel send SIGTERM to this process when torchrun has ended (Linux).
+
+    A launcher that is killed, e.g. by SIGUSR1, would otherwise leave its processes training.
+    """
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

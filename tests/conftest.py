@@ -1,8 +1,11 @@
-"""What the tests share: a small run, in this process or in its own, and a text to train on."""
+"""Helpers and fixtures that several test files use: small runs, what they leave, how they end."""
 
+import dataclasses
 import functools
+import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +20,8 @@ torch.set_num_threads(1)  # more only cost at these sizes
 # A shell's background job has SIGINT ignored, which its children would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+TEXT = (ROOT / "input.txt").read_text(encoding="utf-8")[:16000]  # about 5,000 tokens
+
 # A run of a second: 4 rows of 32 tokens a step, float32, uncompiled.
 SMALL = dict(
     n_layer=2, n_head=2, n_embd=32, T=32, B=4, total_batch_size=128, max_lr=1e-3, min_lr=1e-4,
@@ -29,7 +34,7 @@ SMALL = dict(
 def text_file(tmp_path):
     """A .txt of about 5,000 tokens: the beginning of input.txt."""
     path = tmp_path / "text.txt"
-    path.write_text((ROOT / "input.txt").read_text(encoding="utf-8")[:16000], encoding="utf-8")
+    path.write_text(TEXT, encoding="utf-8")
     return path
 
 
@@ -48,12 +53,16 @@ def small(tmp_path, text_file):
 
 @pytest.fixture
 def error_on_recompile():
-    """Nothing compiled yet, and an error where a compiled function compiles again."""
+    """Clears the compiler's cache, and makes it an error to compile a function a second time."""
     import torch._dynamo
 
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         yield
+
+
+# -------------------------------------------------------------------------------------------------
+# Runs in processes of their own
 
 
 def command_line(config) -> list[str]:
@@ -76,19 +85,6 @@ def run_trainer(config, processes: int = 1, **kwargs) -> subprocess.CompletedPro
         arguments = [*launcher, *arguments]
     kwargs = {"env": environment(), "timeout": 240, "cwd": ROOT} | kwargs
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, **kwargs)
-
-
-def read_log(config) -> list[str]:
-    """The lines of a run's log.txt."""
-    return (Path(config.log_dir) / "log.txt").read_text().splitlines()
-
-
-def losses(config, stream: str = "train") -> dict[int, float]:
-    """{step: value} of a stream of a run's log.txt; each step must be there once."""
-    lines = [line.split() for line in read_log(config)]
-    values = {int(step): float(value) for step, name, value in lines if name == stream}
-    assert len(values) == sum(name == stream for _, name, _ in lines), "a step was logged twice"
-    return values
 
 
 def start(config, processes: int = 1, harm: str = "", launcher=(), **variables):
@@ -124,6 +120,64 @@ def finish(process: subprocess.Popen) -> str:
     return output
 
 
+def limit_files(size: int):
+    """A function for a new process: no file that it writes may grow beyond `size` bytes."""
+    return functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+
+
+class _Killed(BaseException):
+    """Stands for a kill in tests within one process."""
+
+
+def train_until(config, step: int, monkeypatch) -> None:
+    """Runs in this process until `step` is about to begin, as if it was killed there."""
+    import train_gpt2
+
+    original = train_gpt2.get_lr
+
+    def get_lr(now, config):
+        if now == step:
+            raise _Killed
+        return original(now, config)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt2, "get_lr", get_lr)
+        with pytest.raises(_Killed):
+            train_gpt2.train(config)
+
+
+# -------------------------------------------------------------------------------------------------
+# What runs leave
+
+
+def read_log(config) -> list[str]:
+    """The lines of a run's log.txt."""
+    return (Path(config.log_dir) / "log.txt").read_text().splitlines()
+
+
+def losses(config, stream: str = "train") -> dict[int, float]:
+    """{step: value} of a stream of a run's log.txt; each step must be there once."""
+    lines = [line.split() for line in read_log(config)]
+    values = {int(step): float(value) for step, name, value in lines if name == stream}
+    assert len(values) == sum(name == stream for _, name, _ in lines), "a step was logged twice"
+    return values
+
+
+def weights(config, step: int = 4) -> bytes:
+    """The bytes of a checkpoint's model.safetensors."""
+    return (Path(config.log_dir) / f"step_{step:05d}" / "model.safetensors").read_bytes()
+
+
+def tree(directory: Path) -> dict[str, str]:
+    """{relative path: SHA-256, or "directory"} of all below `directory`."""
+    from support import files
+
+    return {
+        str(path.relative_to(directory)): files.sha256(path) if path.is_file() else "directory"
+        for path in directory.rglob("*")
+    }
+
+
 def assert_same_tensors(a, b, where=""):
     """Two states must be equal to the last bit."""
     if isinstance(a, torch.Tensor):
@@ -149,6 +203,74 @@ def assert_same_end(one, other) -> None:
     assert read_log(one) == read_log(other)
 
 
-def limit_files(size: int):
-    """A function for a new process: no file that it writes may grow beyond `size` bytes."""
-    return functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+# -------------------------------------------------------------------------------------------------
+# Runs that end in one line
+
+
+def outcome(config, capsys) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a run in this process, through `run_main` as from a shell."""
+    import train_gpt2
+    from support import errors
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        errors.run_main(lambda: train_gpt2.train(config))
+    return stop.value.code, *capsys.readouterr()
+
+
+def assert_one_line(err: str, words) -> None:
+    """`err` is the one error line that a user reads, with all `words` in it."""
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    assert all(word in err for word in words), (words, err)
+
+
+def assert_refused(config, capsys, *words, within: Path | None = None) -> str:
+    """The run ends with one line that has all `words`, code 2, and nothing in `within` changed.
+
+    Returns what was printed before.
+    """
+    within = within or Path(config.log_dir).parent
+    before = tree(within)
+    code, out, err = outcome(config, capsys)
+    assert code == 2
+    assert_one_line(err, words)
+    assert tree(within) == before
+    return out
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """The settings of a run of 4 steps with checkpoints at 2 and 4, as a kill at its very end
+    leaves it: complete, but `run.json` does not say so yet. Not to be written to."""
+    import train_gpt2
+
+    directory = tmp_path_factory.mktemp("stopped")
+    (directory / "text.txt").write_text(TEXT, encoding="utf-8")
+    config = train_gpt2.Config(
+        data=str(directory / "text.txt"), log_dir=str(directory / "log"),
+        **SMALL | dict(checkpoint_every=2, val_every=2, val_tokens=320, device="cpu"),
+    )  # fmt: skip
+    assert train_gpt2.train(config) == 0
+    path = directory / "log" / "run.json"
+    record = json.loads(path.read_text())
+    assert record.pop("finished_step") == 4
+    path.write_text(json.dumps(record))
+    return config
+
+
+@pytest.fixture
+def copy(stopped, tmp_path):
+    """The same, copied to where a test may write: text and log directory have both moved."""
+    shutil.copytree(Path(stopped.log_dir).parent, tmp_path / "copy")
+    data, log_dir = tmp_path / "copy" / "text.txt", tmp_path / "copy" / "log"
+    return dataclasses.replace(stopped, data=str(data), log_dir=str(log_dir))
+
+
+class RunsCode:
+    """Pickled, it creates the file `path` when it is loaded."""
+
+    def __init__(self, path: Path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")

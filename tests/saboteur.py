@@ -1,14 +1,14 @@
-"""Runs `train_gpt2.py` and does it some harm: `saboteur.py HARM [+ HARM ...] -- --setting=...`.
+"""Runs `train_gpt2.py` with a fault injected: `saboteur.py FAULT [+ FAULT ...] -- --setting=...`.
 
-Each harm is a function below and is done in the process itself, at an exact point of its work,
-which a harm from outside could only hope to hit. What it does is real: signals to itself, NaN in a
+Each fault is a function below. It happens in the process itself, at an exact point of its work,
+which a fault from outside could only meet by chance. It is real: signals to itself, NaN in a
 gradient.
 
     kill_at_event 17             SIGKILL before the 17th change of a file below log_dir
     signal_at_step SIGSTOP 1 5   SIGSTOP to rank 1, when it begins step 5
     signal_in_evaluation SIGTERM 1 4   SIGTERM to rank 1, in the middle of the evaluation at step 4
-    spoil nan 1 5                a gradient full of NaN in rank 1, at step 5
-    tell_windows FILE            a line `step rank windows` in FILE for each step
+    replace_gradient nan 1 5     a gradient full of NaN in rank 1, at step 5
+    record_windows FILE          a line `step rank windows` in FILE for each step
 """
 
 import os
@@ -18,14 +18,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
+
 import train_gpt2
+from support import fused_loss
 from support.errors import run_main
 
 RANK = int(os.environ.get("RANK", 0))
 
 
-def at_step(step: int, rank: int, act) -> None:
-    """Has `act()` done by one rank when it begins a step."""
+def call_at_step(step: int, rank: int, act) -> None:
+    """Makes one rank call `act()` when it begins a step."""
     original = train_gpt2.train_step
 
     def train_step(run, *rest):
@@ -37,10 +40,10 @@ def at_step(step: int, rank: int, act) -> None:
 
 
 def kill_at_event(number: str) -> None:
-    """Python tells its audit hooks of each file that it opens, renames or removes, before it does.
+    """Kills the process before it changes a file for the `number`th time.
 
-    (Weights and training state are written by Rust and C++, which tell nothing: for a kill in the
-    midst of those there are the random instants.)
+    Python calls its audit hooks before it opens, renames or removes a file. Weights and training
+    state are written by Rust and C++, which call no hook: kills at random instants cover those.
     """
     log_dir = next(a.split("=", 1)[1] for a in sys.argv if a.startswith("--log_dir="))
     log_dir, left = os.path.abspath(log_dir), int(number)
@@ -51,8 +54,8 @@ def kill_at_event(number: str) -> None:
         if event in changes and isinstance(arguments[0], (str, os.PathLike)):
             reads = event == "open" and not set(arguments[1] or "r") & set("wa+x")
             # os.remove and os.rmdir of a tree have a directory's descriptor and a bare name
-            mine = os.path.abspath(arguments[0]).startswith(log_dir) or event.startswith("os.r")
-            if mine and not reads:
+            inside = os.path.abspath(arguments[0]).startswith(log_dir) or event.startswith("os.r")
+            if inside and not reads:
                 left -= 1
                 if left == 0:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -61,47 +64,47 @@ def kill_at_event(number: str) -> None:
 
 
 def signal_at_step(name: str, rank: str, step: str) -> None:
+    """Sends a signal to one rank when it begins a step."""
     number = getattr(signal, name)
-    at_step(int(step), int(rank), lambda: os.kill(os.getpid(), number))
+    call_at_step(int(step), int(rank), lambda: os.kill(os.getpid(), number))
 
 
 def signal_in_evaluation(name: str, rank: str, step: str) -> None:
-    original = train_gpt2.validation_loss
+    """Sends a signal to one rank before the second batch of the validation at a step."""
+    runs, original, original_loop = [], train_gpt2.validation_loss, train_gpt2.train_loop
 
-    def validation_loss(model, loader, rows, processes, check):
+    def validation_loss(model, loader, rows, runtime, check_signals):
         calls = iter(range(10**9))
 
         def check_and_signal():
-            if validation_loss.run_step() == int(step) and next(calls) == 1 and int(rank) == RANK:
+            if runs[-1].step == int(step) and next(calls) == 1 and int(rank) == RANK:
                 os.kill(os.getpid(), getattr(signal, name))
-            check()
+            check_signals()
 
-        return original(model, loader, rows, processes, check_and_signal)
+        return original(model, loader, rows, runtime, check_and_signal)
 
-    seen = []
-    original_loop = train_gpt2.train_to_the_end
-
-    def train_to_the_end(run, *rest):
-        seen.append(run)
+    def train_loop(run, *rest):
+        runs.append(run)
         return original_loop(run, *rest)
 
-    validation_loss.run_step = lambda: seen[-1].step
     train_gpt2.validation_loss = validation_loss
-    train_gpt2.train_to_the_end = train_to_the_end
+    train_gpt2.train_loop = train_loop
 
 
-def spoil(value: str, rank: str, step: str) -> None:
-    original, spoilt = train_gpt2.HeadLoss.backward, []
-    at_step(int(step), int(rank), lambda: spoilt.append(float(value)))
+def replace_gradient(value: str, rank: str, step: str) -> None:
+    """Multiplies the gradient of one rank by `value` in the first micro-step of a step."""
+    original, factors = fused_loss.ChunkedLoss.backward, []
+    call_at_step(int(step), int(rank), lambda: factors.append(float(value)))
 
     def backward(ctx, grad):
-        dx, dw, *rest = original(ctx, grad)
-        return (dx * spoilt.pop() if spoilt else dx, dw, *rest)
+        loss_fn, dx, *rest = original(ctx, grad)
+        return (loss_fn, dx * factors.pop() if factors else dx, *rest)
 
-    train_gpt2.HeadLoss.backward = staticmethod(backward)
+    fused_loss.ChunkedLoss.backward = staticmethod(backward)
 
 
-def tell_windows(file: str) -> None:
+def record_windows(file: str) -> None:
+    """Appends the windows that this rank trains on in each step to a file."""
     original = train_gpt2.train_step
 
     def train_step(run, *rest):
@@ -109,7 +112,7 @@ def tell_windows(file: str) -> None:
         first, rows = loader.position, loader.rows_at(loader.position)
         share = [first + rows * r // loader.num_processes for r in (RANK, RANK + 1)]
         results = original(run, *rest)
-        windows = loader.windows_of(train_gpt2.np.arange(*share)).tolist()
+        windows = loader.windows_of(np.arange(*share)).tolist()
         with open(file, "a") as out:
             out.write(f"{step} {RANK} {' '.join(map(str, windows))}\n")
         return results
@@ -119,9 +122,9 @@ def tell_windows(file: str) -> None:
 
 if __name__ == "__main__":
     cut = sys.argv.index("--")
-    harms = " ".join(sys.argv[1:cut]).split("+")
+    faults = " ".join(sys.argv[1:cut]).split("+")
     sys.argv[1:] = sys.argv[cut + 1 :]
-    for harm in harms:
-        name, *arguments = harm.split()
+    for fault in faults:
+        name, *arguments = fault.split()
         globals()[name](*arguments)
     run_main(train_gpt2.main)

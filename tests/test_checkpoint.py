@@ -1,8 +1,12 @@
-"""Checkpoints: whole or not there, found and pruned as promised, and readable by everyone else."""
+"""Checkpoints: complete or not there, found, pruned, and readable by other programs."""
 
+import dataclasses
+import functools
 import hashlib
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import losses
+from conftest import assert_one_line, limit_files, losses, outcome, run_trainer, tree
 
 import train_gpt2
 from support import checkpoint, tokenizer
+from support.distributed import initialize
 from support.errors import UserError
-from support.run_log import RunLog
 
 FILES = {"a.bin": b"0123456789" * 1000, "b.txt": b"words\n"}
 
@@ -35,7 +39,7 @@ def content(directory: Path) -> dict[str, bytes | None]:
 
 
 def make(log_dir: Path, *steps: int) -> dict[int, Path]:
-    """Whole checkpoints of these steps."""
+    """Valid checkpoints of these steps."""
     paths = {step: log_dir / f"step_{step:05d}" for step in steps}
     for path in paths.values():
         checkpoint.write_directory(path, fill)
@@ -43,10 +47,10 @@ def make(log_dir: Path, *steps: int) -> dict[int, Path]:
 
 
 # -------------------------------------------------------------------------------------------------
-# One directory, whole or not there
+# One directory: complete, or not there
 
 
-def test_a_written_directory_is_whole_and_lists_size_and_hash_of_every_file(tmp_path):
+def test_a_written_directory_is_complete_and_lists_size_and_hash_of_every_file(tmp_path):
     target = tmp_path / "log" / "step_00001"
     checkpoint.write_directory(target, fill)
     listed = json.loads((target / "files.json").read_text())
@@ -55,7 +59,7 @@ def test_a_written_directory_is_whole_and_lists_size_and_hash_of_every_file(tmp_
         for name, raw in FILES.items()
     }
     assert {path.name for path in target.iterdir()} == {*FILES, "files.json"}
-    assert checkpoint.damage(target) is None
+    assert checkpoint.find_problem(target) is None
     assert list(target.parent.iterdir()) == [target]
 
 
@@ -94,7 +98,7 @@ def test_a_damaged_directory_and_a_partial_one_are_replaced(tmp_path):
     partial.mkdir()
     (partial / "c.txt").write_text("of a killed run")
     checkpoint.write_directory(target, fill)
-    assert checkpoint.damage(target) is None
+    assert checkpoint.find_problem(target) is None
     assert {path.name for path in target.iterdir()} == {*FILES, "files.json"}
     assert list(tmp_path.iterdir()) == [target]
 
@@ -105,7 +109,7 @@ def flip_one_byte(path: Path) -> None:
     path.write_bytes(raw)
 
 
-DAMAGES = {
+PROBLEMS = {
     "missing": (lambda d: (d / "a.bin").unlink(), "a.bin is missing"),
     "a directory": (
         lambda d: ((d / "a.bin").unlink(), (d / "a.bin").mkdir()),
@@ -128,12 +132,12 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("case", DAMAGES)
-def test_damage_is_named(tmp_path, case):
-    harm, words = DAMAGES[case]
+@pytest.mark.parametrize("case", PROBLEMS)
+def test_problems_are_named(tmp_path, case):
+    harm, words = PROBLEMS[case]
     target = make(tmp_path, 1)[1]
     harm(target)
-    reason = checkpoint.damage(target)
+    reason = checkpoint.find_problem(target)
     assert reason is not None and words in reason
 
 
@@ -141,42 +145,42 @@ def test_damage_is_named(tmp_path, case):
 # Several directories
 
 
-def test_newest_whole_passes_over_damaged_ones_and_says_so(tmp_path):
+def test_newest_valid_skips_damaged_ones_and_prints_them(tmp_path, capsys):
     paths = make(tmp_path, 5, 10, 15, 100000)
     flip_one_byte(paths[100000] / "a.bin")
     (paths[15] / "b.txt").unlink()
-    said = []
-    assert checkpoint.newest_whole(tmp_path, said.append) == paths[10]
-    assert len(said) == 2
+    assert checkpoint.newest_valid(tmp_path) == paths[10]
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2
     assert all(
         str(paths[step]) in line and word in line
-        for step, word, line in zip((100000, 15), ("a.bin", "b.txt"), said)
+        for step, word, line in zip((100000, 15), ("a.bin", "b.txt"), printed)
     )
 
 
-def test_newest_whole_says_nothing_where_the_newest_is_whole(tmp_path):
+def test_newest_valid_prints_nothing_if_the_newest_is_valid(tmp_path, capsys):
     paths = make(tmp_path, 99999, 100000)
-    said = []
-    assert checkpoint.newest_whole(tmp_path, said.append) == paths[100000] and said == []
+    assert checkpoint.newest_valid(tmp_path) == paths[100000]
+    assert capsys.readouterr() == ("", "")
 
 
-def test_newest_whole_is_none_where_there_is_no_checkpoint(tmp_path):
-    assert checkpoint.newest_whole(tmp_path) is None
-    assert checkpoint.newest_whole(tmp_path / "not there") is None
+def test_newest_valid_is_none_without_a_checkpoint(tmp_path):
+    assert checkpoint.newest_valid(tmp_path) is None
+    assert checkpoint.newest_valid(tmp_path / "not there") is None
     for name in ("step_1", "step_00001.old", ".step_00001.partial", "model"):
         (tmp_path / name).mkdir()
     (tmp_path / "step_00002").write_text("a file")
-    assert checkpoint.newest_whole(tmp_path) is None
+    assert checkpoint.newest_valid(tmp_path) is None
 
 
-def test_newest_whole_raises_where_all_are_damaged(tmp_path):
+def test_newest_valid_raises_if_all_are_damaged(tmp_path, capsys):
     for path in make(tmp_path, 1, 2).values():
         (path / "a.bin").unlink()
-    said = []
     with pytest.raises(UserError, match="damaged") as error:
-        checkpoint.newest_whole(tmp_path, said.append)
+        checkpoint.newest_valid(tmp_path, file=sys.stderr)
     assert str(tmp_path) in str(error.value) and "--log_dir" in str(error.value)
-    assert len(said) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 2
 
 
 @pytest.mark.parametrize(
@@ -201,73 +205,20 @@ def test_prune_keeps_the_last_ones_and_the_best_and_touches_nothing_else(
     before = content(tmp_path)
     make(tmp_path, 10, 20, 30, 40, 50)
     (tmp_path / ".step_00050.partial").mkdir()
-    (tmp_path / ".step_00050.replaced").mkdir()
     checkpoint.prune(tmp_path, 50, keep, best)
     assert list(checkpoint.list_checkpoints(tmp_path)) == left
     kept = {f"step_{step:05d}" for step in left}
     after = content(tmp_path)
     assert {name: raw for name, raw in after.items() if name.split(os.sep)[0] not in kept} == before
-    assert all(checkpoint.damage(tmp_path / name) is None for name in kept)
-
-
-# -------------------------------------------------------------------------------------------------
-# log.txt
-
-
-def test_log_reads_what_it_wrote_and_is_a_line_per_value(tmp_path):
-    log = RunLog(tmp_path)
-    assert log.read() == []
-    log.write(0, "val", 10.8249131)
-    log.write(0, "train", 10.9)
-    log.write(1, "train", float("inf"))
-    assert log.path.read_bytes() == b"0 val 10.824913\n0 train 10.900000\n1 train inf\n"
-    assert log.read() == [(0, "val", 10.824913), (0, "train", 10.9), (1, "train", float("inf"))]
-
-
-@pytest.mark.parametrize("partial", ["3", "3 train", "3 train 9.", "3 train 9.123456"])
-def test_log_passes_over_a_partial_last_line_and_cut_removes_it(tmp_path, partial):
-    log = RunLog(tmp_path)
-    lines = "".join(f"{step} train {9 - step}.000000\n" for step in range(3))
-    log.path.write_text(lines + partial)
-    assert [step for step, _, _ in log.read()] == [0, 1, 2]
-    log.cut(3)
-    assert log.path.read_text() == lines
-    log.write(3, "train", 1.0)
-    assert log.path.read_text() == lines + "3 train 1.000000\n"
-
-
-def test_log_cut_forgets_what_is_done_again_and_makes_the_file(tmp_path):
-    log = RunLog(tmp_path)
-    log.cut(0)
-    assert log.path.read_text() == "" and list(tmp_path.iterdir()) == [log.path]
-    for step in range(4):
-        log.write(step, "val", step)
-        log.write(step, "train", step)
-    log.cut(2)
-    assert [(s, stream) for s, stream, _ in log.read()] == [
-        (0, "val"), (0, "train"), (1, "val"), (1, "train"),
-    ]  # fmt: skip
-    log.cut(0)
-    assert log.path.read_text() == ""
-
-
-def test_log_best_is_the_lowest_validation_among_the_steps_asked(tmp_path):
-    log = RunLog(tmp_path)
-    assert log.best([0, 1]) is None
-    for step, value in enumerate([9.0, 5.0, 7.0, 6.0]):
-        log.write(step, "val", value)
-        log.write(step, "train", -value)
-    assert log.best([0, 1, 2, 3]) == 1
-    assert log.best([0, 2, 3]) == 3
-    assert log.best([7]) is None
-    assert log.best({}) is None
+    assert all(checkpoint.find_problem(tmp_path / name) is None for name in kept)
 
 
 # -------------------------------------------------------------------------------------------------
 # Checkpoints of runs
 
-# Opens a checkpoint as a stranger would: torch, safetensors and transformers, nothing of ours.
-STRANGER = """
+
+# Opens a checkpoint with torch, safetensors and transformers, without code of this repository.
+OTHER_PROGRAM = """
 import json, sys
 import numpy, torch
 from safetensors.torch import load_file
@@ -281,7 +232,7 @@ with torch.no_grad():
     logits = model(idx[:, :-1]).logits
 loss = torch.nn.functional.cross_entropy(logits.double().flatten(0, 1), idx[:, 1:].flatten())
 print(json.dumps({
-    "ours": [name for name in sys.modules if name in ("train_gpt2", "huggingface", "checkpoint")],
+    "ours": [name for name in sys.modules if name.split(".")[0] in ("train_gpt2", "support")],
     "state": sorted(state), "step": state["step"],
     "weights": {name: list(tensor.shape) for name, tensor in weights.items()},
     "dtypes": sorted({str(tensor.dtype) for tensor in weights.values()}),
@@ -292,7 +243,7 @@ print(json.dumps({
 """
 
 
-def test_a_stranger_opens_a_checkpoint_and_finds_the_validation_loss_that_was_logged(
+def test_another_program_opens_a_checkpoint_and_computes_the_logged_validation_loss(
     small, text_file, tmp_path
 ):
     config = small(val_every=2, val_tokens=320, n_head=4, device="cpu")
@@ -308,7 +259,7 @@ def test_a_stranger_opens_a_checkpoint_and_finds_the_validation_loss_that_was_lo
     outside.mkdir()
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-c", STRANGER, str(directory), str(tmp_path / "windows.npy"), text],
+        [sys.executable, "-c", OTHER_PROGRAM, str(directory), str(tmp_path / "windows.npy"), text],
         cwd=outside, env=env | {"HF_HUB_OFFLINE": "1"}, capture_output=True, timeout=240,
         encoding="utf-8",
     )  # fmt: skip
@@ -318,7 +269,8 @@ def test_a_stranger_opens_a_checkpoint_and_finds_the_validation_loss_that_was_lo
     assert found["ours"] == []
     assert found["loss"] == pytest.approx(losses(config, "val")[4], abs=1e-4)
     assert found["step"] == 4
-    assert {"optimizer", "scaler", "position", "rng", "settings", "spare_rows"} <= {*found["state"]}
+    parts = {"optimizer", "scaler", "position", "rng", "settings", "padding_rows"}
+    assert parts <= {*found["state"]}
     theirs = {name: shape for name, shape in found["theirs"].items() if name != "lm_head.weight"}
     assert found["weights"] == theirs  # so no _orig_mod. and no module.
     assert found["weights"]["transformer.wte.weight"] == [50257, 32]
@@ -353,10 +305,10 @@ def test_a_run_keeps_the_last_the_best_and_the_final_checkpoint(small, keep, max
     log_dir = Path(config.log_dir)
     validations = losses(config, "val")
     best = min((step for step in validations if step > 0), key=validations.get)
-    assert (best < 6 - keep) == (max_lr == 0.3), "the case is not what it is to be"
+    assert (best < 6 - keep) == (max_lr == 0.3), "the learning rate does not give the case"
     left = checkpoint.list_checkpoints(log_dir)
     assert set(left) == {best, *range(7 - keep, 7)}
-    assert all(checkpoint.damage(path) is None for path in left.values())
+    assert all(checkpoint.find_problem(path) is None for path in left.values())
     assert {path.name for path in log_dir.iterdir()} == {
         "log.txt", "progress.txt", "run.json", *(path.name for path in left.values()),
     }  # fmt: skip
@@ -370,18 +322,119 @@ def test_checkpoint_every_0_leaves_the_final_one(small):
 
 @pytest.mark.parametrize("keep", [1, 2])
 def test_a_checkpoint_just_written_outlives_damaged_newer_ones(small, keep):
-    """Damaged checkpoints that a restarted run passed over do not count among the last ones kept:
-    killed again right after its first checkpoint, the run has that one to continue from."""
+    """Damaged checkpoints that a restarted run skipped do not count among the last ones kept:
+    killed again right after its first checkpoint, the run can continue from that one."""
     config = small(checkpoint_every=1, keep_checkpoints=6, max_steps=6)
     train_gpt2.train(config)
     log_dir = Path(config.log_dir)
     for step, path in checkpoint.list_checkpoints(log_dir).items():
         if step >= 3:
             os.truncate(path / "train_state.pt", 100)
-    (log_dir / "run.json").unlink()  # the final one is to be reached again
+    (log_dir / "run.json").unlink()  # the run has to reach the final one again
     config = small(checkpoint_every=3, keep_checkpoints=keep, max_steps=6)
-    run, _ = train_gpt2.open_run(config, train_gpt2.set_up_processes(config))
+    run = train_gpt2.open_run(config, initialize(config.device, config.dtype))
     assert run.step == 2
     run.step = 3
     train_gpt2.save_checkpoint(run)
-    assert checkpoint.newest_whole(log_dir) == log_dir / "step_00003"
+    assert checkpoint.newest_valid(log_dir) == log_dir / "step_00003"
+
+
+def test_if_the_newest_checkpoint_is_damaged_the_one_before_is_used(small, capsys):
+    """Each of its files cut at each tenth, emptied, gone, and with one bit flipped."""
+    config = small(max_steps=2, checkpoint_every=1)
+    train_gpt2.train(config)
+    log_dir = Path(config.log_dir)
+    older, newest = checkpoint.list_checkpoints(log_dir).values()
+    generator, cases = random.Random(0), 0
+
+    def assert_skipped(path: Path, what: str) -> None:
+        capsys.readouterr()
+        assert checkpoint.newest_valid(log_dir) == older, what
+        printed = capsys.readouterr().out
+        assert printed.count("\n") == 1 and str(newest) in printed and path.name in printed, what
+
+    for path in sorted(newest.iterdir()):
+        content = path.read_bytes()
+        for tenth in range(10):
+            os.truncate(path, len(content) * tenth // 10)
+            assert_skipped(path, f"{path.name} cut at {tenth} tenths")
+            path.write_bytes(content)
+        if path.name != "files.json":  # whose own bytes are in no list
+            flipped = bytearray(content)
+            flipped[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+            path.write_bytes(flipped)
+            assert_skipped(path, f"a bit of {path.name} flipped")
+        path.unlink()
+        assert_skipped(path, f"{path.name} gone")
+        path.write_bytes(content)
+        cases += 1
+    assert cases >= 7 and checkpoint.newest_valid(log_dir) == newest
+
+
+# -------------------------------------------------------------------------------------------------
+# Full disks: writes that fail for real
+
+
+RUN_FILES = {"log.txt", "progress.txt", "run.json"}  # of a run, besides its checkpoints
+
+
+def assert_disk_full(done, config, *words) -> None:
+    assert done.returncode == 2, done.stderr
+    assert_one_line(done.stderr, (f"log_dir={config.log_dir!r}", "make room", *words))
+
+
+@pytest.mark.faults
+def test_without_room_for_a_checkpoint_the_earlier_ones_stay_and_a_rerun_completes(
+    copy, stopped, capsys
+):
+    """The weights (6.5 MB) fit, the training state (13 MB) does not."""
+    log_dir = Path(copy.log_dir)
+    shutil.rmtree(log_dir / "step_00004")
+    done = run_trainer(copy, preexec_fn=limit_files(8_000_000))
+    assert_disk_full(done, copy, "step 4", "step_00002")
+    assert checkpoint.newest_valid(log_dir) == log_dir / "step_00002"
+    assert {path.name for path in log_dir.iterdir()} == RUN_FILES | {"step_00002"}
+    code, out, _ = outcome(copy, capsys)
+    assert code == 0 and "continuing from" in out
+    assert losses(copy) == pytest.approx(losses(stopped), abs=1e-5)
+    assert checkpoint.find_problem(log_dir / "step_00004") is None
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """(directory, preexec_fn for a trainer in it, function that makes room).
+
+    A file system of 27 MB, which holds one checkpoint of 22 MB and no second; if this process may
+    not mount one, a directory for a trainer whose files may not be larger than 5 MB.
+    """
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=27m", "tmpfs", str(directory)]
+    root = os.geteuid() == 0 and shutil.which("mount") is not None
+    if root and subprocess.run(mount, capture_output=True).returncode == 0:
+        remount = ["mount", "-o", "remount,size=200m", str(directory)]
+        yield directory, None, functools.partial(subprocess.run, remount, check=True)
+        subprocess.run(["umount", "-l", str(directory)], check=True)
+    else:
+        yield directory, limit_files(5_000_000), lambda: None
+
+
+def test_on_a_full_disk_the_earlier_checkpoint_stays_and_a_rerun_completes(
+    small_disk, small, capsys
+):
+    disk, limit, make_room = small_disk
+    config = small(log_dir=str(disk / "log"), max_steps=2, device="cpu")
+    assert outcome(config, capsys)[0] == 0
+    config = dataclasses.replace(config, max_steps=4)
+    before = tree(disk / "log" / "step_00002")
+
+    done = run_trainer(config, preexec_fn=limit)
+    assert_disk_full(done, config, "step 4", "step_00002")
+    assert tree(disk / "log" / "step_00002") == before
+    assert {path.name for path in (disk / "log").iterdir()} == RUN_FILES | {"step_00002"}
+
+    make_room()
+    code, out, _ = outcome(config, capsys)
+    assert code == 0 and "continuing from" in out
+    assert checkpoint.find_problem(disk / "log" / "step_00004") is None
+    assert list(losses(config)) == [0, 1, 2, 3]

@@ -1,14 +1,24 @@
-"""The model is GPT-2, its loss and gradients are the textbook's, and transformers reads it."""
+"""The model is that of transformers, and an edit of it acts wherever the model is used.
 
-import json
+(test_huggingface.py: which directories `from_pretrained` refuses. test_fused_loss.py: the loss that
+training uses.)
+"""
+
 import math
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from safetensors.torch import load_file, save_file
+from hellaswag_helpers import ALONE, EXAMPLES
+from model_helpers import (
+    V,
+    loss_and_gradients,
+    make_model,
+    model_of_recipe,
+    random_ids,
+    text_batch,
+    with_ignored,
+)
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -19,63 +29,28 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-import train_gpt2
-from support import tokenizer
-from support.errors import UserError
-from train_gpt2 import GPT, IGNORE, GPTConfig, TrainingModel
-
-V = tokenizer.VOCAB_SIZE
-SHAPE = dict(n_layer=2, n_head=2, n_embd=32, block_size=32)
-
-
-def make(seed: int = 0, **shape) -> GPT:
-    """A small GPT whose norms and biases are random too, so that none of them is without effect."""
-    torch.manual_seed(seed)
-    model = GPT(GPTConfig(**{**SHAPE, **shape}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    return model
-
-
-def play(B: int, T: int):
-    """The first B rows of T tokens of input.txt: (ids, their next ids), int64 (B, T)."""
-    text = (ROOT / "input.txt").read_text(encoding="utf-8")[: 8 * B * T + 100]
-    ids = torch.tensor(tokenizer.get_encoding().encode_ordinary(text)[: B * T + 1])
-    return ids[:-1].view(B, T), ids[1:].view(B, T)
-
-
-def random_ids(*shape, seed: int = 0):
-    return torch.randint(V, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def relative_error(a, b) -> float:
-    """|a - b| / |b|, of the whole tensors."""
-    return ((a - b).norm() / b.norm()).item()
-
+from support import hellaswag_eval
+from support.fused_loss import IGNORE_INDEX, TrainingModel
+from support.generation import KVCache
+from support.huggingface import find_non_finite, padding_rows
+from train_gpt2 import GPT, GPTConfig
 
 # -------------------------------------------------------------------------------------------------
 # Size and initialization
-
-
-def of_recipe(name: str) -> GPTConfig:
-    """The model of a recipe, by its settings."""
-    c = train_gpt2.Config(**train_gpt2.RECIPES[name])
-    return GPTConfig(block_size=c.T, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
 
 
 @pytest.mark.parametrize(
     "config, parameters",
     [
         (GPTConfig(), 124_439_808),
-        (of_recipe("gpt2"), 124_439_808),
-        (of_recipe("gpt2-medium"), 354_823_168),
-        (of_recipe("gpt2-large"), 774_030_080),
-        (of_recipe("gpt2-xl"), 1_557_611_200),
+        (model_of_recipe("gpt2"), 124_439_808),
+        (model_of_recipe("gpt2-medium"), 354_823_168),
+        (model_of_recipe("gpt2-large"), 774_030_080),
+        (model_of_recipe("gpt2-xl"), 1_557_611_200),
     ],
 )
 def test_parameters_are_as_many_as_published(config, parameters):
-    """The four sizes of GPT-2, spare embedding rows not counted."""
+    """The four sizes of GPT-2, without the padding rows of the embedding."""
     with torch.device("meta"):
         assert GPT(config).num_parameters() == parameters
 
@@ -84,21 +59,22 @@ def test_parameters_are_as_many_as_published(config, parameters):
 def test_loss_at_initialization(recipe):
     """Before training all ids are about equally likely: the loss is ln(50257), 10.82, and a little.
 
-    The little is half the variance of the logits, C * 0.02**2 / 2: 0.15 for 124M, where it was
-    found between 10.88 and 10.99 over three seeds. That is for targets that have nothing to do with
-    the inputs. A text that repeats itself starts lower, since the tied head likes to say again what
-    it read; and few tokens that come often move the loss up or down with the seed.
+    The little is half the variance of the logits, C * 0.02**2 / 2: 0.15 for 124M, where three
+    seeds gave 10.88 to 10.99. That is for targets that are independent of the inputs. A text that
+    repeats itself starts lower, since the tied head prefers the ids that it read; and few tokens
+    that are frequent move the loss up or down with the seed.
     """
-    config = of_recipe(recipe)
+    config = model_of_recipe(recipe)
     torch.manual_seed(1337)
     model = GPT(config)
-    ids = random_ids(1, 129)
+    ids, text = random_ids(1, 129), text_batch(1, 128)
+    x, y = torch.cat((ids[:, :-1], text[0])), torch.cat((ids[:, 1:], text[1]))
     with torch.no_grad():
-        loss_random = model(ids[:, :-1], ids[:, 1:])[1].item()
-        loss_play = model(*play(1, 128))[1].item()
+        losses = model.token_losses(model.hidden(x).flatten(0, 1), y.flatten())
+    loss_random, loss_text = losses.view(2, 128).mean(dim=1).tolist()
     assert loss_random == pytest.approx(math.log(V) + config.n_embd * 0.02**2 / 2, abs=0.1)
     assert loss_random == pytest.approx(10.82, abs=0.2)
-    assert loss_play == pytest.approx(10.82, abs=0.3)
+    assert loss_text == pytest.approx(10.82, abs=0.3)
 
 
 def test_initialization():
@@ -119,12 +95,25 @@ def test_initialization():
 
 def test_seed_decides_the_initialization():
     """The same seed gives the same weights, another one others."""
-    weights = [make(seed).transformer.wte.weight for seed in (5, 5, 6)]
+    weights = [make_model(seed).transformer.wte.weight for seed in (5, 5, 6)]
     assert weights[0].equal(weights[1]) and not weights[0].equal(weights[2])
 
 
+@pytest.mark.parametrize("recipe, T", [("gpt2", 1024), ("gpt2", 256), ("gpt2-xl", 1024)])
+def test_flops_per_token(recipe, T):
+    """6 per weight of a matrix product, and 6 L C T for causal attention: 798.0 M for 124M."""
+    config = model_of_recipe(recipe)
+    with torch.device("meta"):
+        model = GPT(config)
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    attention = 6 * config.n_layer * config.n_embd * T
+    assert model.flops_per_token(T) == 6 * weights + attention
+    if (recipe, T) == ("gpt2", 1024):
+        assert model.flops_per_token(T) == pytest.approx(798.0e6, abs=0.1e6)
+
+
 # -------------------------------------------------------------------------------------------------
-# The function: transformers' GPT-2
+# transformers' GPT-2: the same function, and the way there and back
 
 SHAPES = [
     dict(n_layer=1, n_head=1, n_embd=32, n_positions=16),
@@ -174,14 +163,14 @@ def test_way_back_to_transformers_is_exact(pair, tmp_path):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """(a model, the directory it was saved to): look, and damage only a copy."""
-    model, directory = make(), tmp_path_factory.mktemp("saved")
+    """(a model, the directory it was saved to): only to be read."""
+    model, directory = make_model(), tmp_path_factory.mktemp("saved")
     model.save_pretrained(directory)
     return model, directory
 
 
 def test_saved_directory(saved, tmp_path):
-    """transformers reads the settings and says our greedy text; saved again, no byte differs."""
+    """transformers reads the settings and has our greedy text; saved again, no byte differs."""
     model, directory = saved
     config = AutoConfig.from_pretrained(directory)
     assert config.model_type == "gpt2" and config.architectures == ["GPT2LMHeadModel"]
@@ -206,7 +195,7 @@ def test_saved_directory(saved, tmp_path):
 
 
 def test_own_directory_is_read_back_exactly(saved):
-    """save_pretrained and from_pretrained: the same model, but for the spare rows, then zero."""
+    """The same model, but for the padding rows, which are then zero."""
     model, directory = saved
     again = GPT.from_pretrained(str(directory))
     assert again.config == model.config
@@ -229,225 +218,56 @@ def test_positions_can_be_cut(saved):
         torch.testing.assert_close(cut(ids)[0], model(ids)[0], atol=1e-6, rtol=0)
 
 
-# -------------------------------------------------------------------------------------------------
-# What from_pretrained reads and refuses
+@pytest.mark.parametrize("tied", [True, False])
+def test_padding_rows_are_those_of_embedding_and_head(tied):
+    model = make_model(tied=tied)
+    rows = padding_rows(model)
+    assert list(rows) == ["transformer.wte.weight", "lm_head.weight"][: 1 if tied else 2]
+    assert all(r.equal(model.get_parameter(name)[V:]) and len(r) == 47 for name, r in rows.items())
 
 
-@pytest.fixture
-def copied(saved, tmp_path):
-    """A copy of a saved model, without the tokenizer."""
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy(saved[1] / name, tmp_path)
-    return tmp_path
-
-
-def edit_config(directory: Path, **changes) -> None:
-    path = directory / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def edit_weights(directory: Path, edit) -> None:
-    """`edit` changes the dictionary of tensors in its place."""
-    tensors = {name: t.clone() for name, t in load_file(directory / "model.safetensors").items()}
-    edit(tensors)
-    save_file(tensors, directory / "model.safetensors")
-
-
-def truncate(directory: Path) -> None:
-    path = directory / "model.safetensors"
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def with_old_file(directory: Path) -> Path:
-    """Where the weights are looked for when there is no model.safetensors."""
-    (directory / "model.safetensors").unlink()
-    return directory / "pytorch_model.bin"
-
-
-def put_nan(tensors: dict) -> None:
-    tensors["transformer.h.1.mlp.c_fc.bias"][3] = math.nan
-
-
-def untie(tensors: dict) -> None:
-    tensors["lm_head.weight"] = tensors["transformer.wte.weight"] + 1
-
-
-def without(name: str):
-    return lambda directory: edit_weights(directory, lambda tensors: tensors.pop(name))
-
-
-@pytest.mark.parametrize(
-    "damage, words",
-    [
-        (lambda d: (d / "config.json").unlink(), "config.json"),
-        (lambda d: (d / "config.json").write_text("{"), "config.json"),
-        (lambda d: (d / "config.json").write_text("{}"), "model_type"),
-        (lambda d: (d / "config.json").write_text('{"model_type": "gpt2"}'), "vocab_size"),
-        (lambda d: edit_config(d, model_type="llama"), "model_type in config.json is 'llama'"),
-        (lambda d: edit_config(d, activation_function="relu"), "activation_function is 'relu'"),
-        (lambda d: edit_config(d, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse"),
-        (lambda d: edit_config(d, n_inner=64), "n_inner is 64"),
-        (lambda d: edit_config(d, n_layer=3), "transformer.h.2"),
-        (lambda d: edit_config(d, n_embd=48), "not this GPT-2"),
-        (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor"),
-        (truncate, "model.safetensors: .*damaged"),
-        (lambda d: edit_config(d, n_head=3), "n_head"),
-        (lambda d: with_old_file(d).write_bytes(b""), "pytorch_model.bin"),
-        (lambda d: torch.save({"model": {}, "step": 1}, with_old_file(d)), "pytorch_model.bin"),
-        (lambda d: edit_weights(d, put_nan), "transformer.h.1.mlp.c_fc.bias holds NaN"),
-        (
-            lambda d: edit_config(d, tie_word_embeddings=False),
-            "output head, lm_head.weight, is None",
-        ),
-        (without("transformer.h.1.ln_2.weight"), "transformer.h.1.ln_2.weight"),
-        (without("transformer.wte.weight"), "transformer.wte.weight"),
-        (without("transformer.wpe.weight"), "transformer.wpe.weight"),
-    ],
-)
-def test_other_directories_are_refused(copied, damage, words):
-    """What is no whole GPT-2 is refused in words that name the directory and what is wrong."""
-    GPT.from_pretrained(str(copied))
-    damage(copied)
-    with pytest.raises(UserError, match=words) as refusal:
-        GPT.from_pretrained(str(copied))
-    assert str(copied) in str(refusal.value)
-
-
-def test_unknown_name_is_refused():
-    """A name that is no directory and cannot be on the Hub: the message lists what there is."""
-    with pytest.raises(UserError, match="'gpt2-huge'.*gpt2-medium"):
-        GPT.from_pretrained("gpt2-huge")
-
-
-def test_more_positions_than_there_are_is_refused(saved):
-    """The setting T, its value and the length that the model has are named."""
-    with pytest.raises(UserError, match="T=33.* 32 "):
-        GPT.from_pretrained(str(saved[1]), block_size=33)
-
-
-def test_old_file_of_tensors_is_read(saved, copied):
-    """pytorch_model.bin with OpenAI's first names, mask buffers and a repeated head."""
-    tensors = load_file(copied / "model.safetensors")
-    (copied / "model.safetensors").unlink()
-    old = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-    for layer in range(2):
-        old[f"h.{layer}.attn.bias"] = torch.ones(32, 32).tril().view(1, 1, 32, 32)
-        old[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
-    old["lm_head.weight"] = old["wte.weight"]
-    torch.save(old, copied / "pytorch_model.bin")
-    found, ids = GPT.from_pretrained(str(copied)), random_ids(1, 32)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_first_parameter_that_is_not_finite_is_named(value):
+    model = make_model()
+    assert find_non_finite(model) is None
     with torch.no_grad():
-        assert torch.equal(found(ids)[0], saved[0](ids)[0])
-
-
-class Bait:
-    """Makes a directory when it is unpickled by a loader that runs code."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.mkdir, (self.path,)
-
-
-def test_pickled_code_is_refused_and_not_run(copied):
-    """A pytorch_model.bin with more than tensors in it ends in a UserError and in nothing else."""
-    tensors = load_file(copied / "model.safetensors")
-    (copied / "model.safetensors").unlink()
-    file, trap = copied / "pytorch_model.bin", copied / "trap"
-    torch.save({**tensors, "more": Bait(trap)}, file)
-    with pytest.raises(UserError, match="pytorch_model.bin: refused"):
-        GPT.from_pretrained(str(copied))
-    assert not trap.exists()
-    torch.load(file, weights_only=False)
-    assert trap.exists()  # the bait was one
-
-
-def test_half_precision_file_becomes_float32(saved, copied):
-    """The weights of a bfloat16 file, in float32."""
-    path = copied / "model.safetensors"
-    save_file({name: t.bfloat16() for name, t in load_file(path).items()}, path)
-    found = dict(GPT.from_pretrained(str(copied)).named_parameters())
-    for name, parameter in saved[0].named_parameters():
-        rows = V if name == "transformer.wte.weight" else None
-        assert found[name].dtype == torch.float32
-        assert torch.equal(found[name][:rows], parameter[:rows].bfloat16().float()), name
+        model.transformer.h[1].mlp.c_fc.bias[3] = value
+        model.transformer.ln_f.weight[0] = value
+    assert find_non_finite(model) == "transformer.h.1.mlp.c_fc.bias"
 
 
 # -------------------------------------------------------------------------------------------------
-# Loss and gradients
-
-
-def loss_and_gradients(model: GPT, loss):
-    """(loss, {parameter name: gradient}), and no gradient left in the model."""
-    model.zero_grad(set_to_none=True)
-    loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    model.zero_grad(set_to_none=True)
-    return loss.item(), gradients
-
-
-def with_ignored(y, fraction: float):
-    """Targets of which about so many, and all of the first row, count for nothing."""
-    y = y.clone()
-    y[torch.rand(y.shape, generator=torch.Generator().manual_seed(3)) < fraction] = IGNORE
-    if fraction:
-        y[0] = IGNORE
-    return y
-
-
-@pytest.mark.parametrize("ignored", [0.0, 0.3])
-@pytest.mark.parametrize("B, T, chunk", [(4, 16, 1024), (4, 16, 16), (4, 16, 25), (1, 13, 5)])
-def test_training_loss_is_the_textbook_loss(monkeypatch, B, T, chunk, ignored):
-    """TrainingModel: loss and all gradients of GPT.forward, in chunks of whatever size."""
-    monkeypatch.setitem(train_gpt2.CHUNK, "cpu", chunk)
-    model = make()
-    x, y = random_ids(B, T), with_ignored(random_ids(B, T, seed=1), ignored if B > 1 else 0.0)
-    count = (y != IGNORE).sum().item()
-    expected, gradients = loss_and_gradients(model, model(x, y)[1])
-    training = TrainingModel(model, compiled=False)
-    found, found_gradients = loss_and_gradients(model, training(x, y) / count)
-    assert found == pytest.approx(expected, rel=1e-5)
-    assert found_gradients.keys() == gradients.keys()
-    for name, gradient in gradients.items():
-        assert relative_error(found_gradients[name], gradient) < 1e-5, name
-    value = training.evaluate(x, y)
-    assert value.item() / count == pytest.approx(expected, rel=1e-5) and not value.requires_grad
+# Hidden states and loss
 
 
 def test_textbook_loss_is_the_mean_over_targets_that_count():
-    """GPT.forward: minus the log probability of each target, averaged, ignored ones left out."""
-    model = make()
+    """GPT.forward: minus the log probability of each target, averaged, without ignored ones."""
+    model = make_model()
     x, y = random_ids(3, 16), with_ignored(random_ids(3, 16, seed=1), 0.3)
     with torch.no_grad():
         logits, loss = model(x, y)
     log_probabilities = logits.double() - logits.double().exp().sum(-1, keepdim=True).log()
     terms = [
-        -log_probabilities[b, t, y[b, t]] for b in range(3) for t in range(16) if y[b, t] != IGNORE
+        -log_probabilities[b, t, y[b, t]]
+        for b in range(3)
+        for t in range(16)
+        if y[b, t] != IGNORE_INDEX
     ]
     assert loss.item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-6)
 
 
-def test_a_batch_of_ignored_targets_is_zero():
-    """Rows that only fill up a micro-batch: loss 0 and gradients 0, and no NaN."""
-    model = make()
-    training = TrainingModel(model, compiled=False)
-    x, y = random_ids(2, 16), torch.full((2, 16), IGNORE)
-    loss, gradients = loss_and_gradients(model, training(x, y))
-    assert loss == 0 and training.evaluate(x, y) == 0
-    assert all((gradient == 0).all() for gradient in gradients.values())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_spare_ids_do_not_exist(dtype):
-    """Large spare rows change no logit, no loss and no gradient, and get none; never sampled."""
-    model, x, y = make(), random_ids(2, 32), random_ids(2, 32, seed=1)
+def test_padding_ids_have_no_effect(dtype):
+    """Large padding rows change no logit, loss, gradient or sample, and get no gradient."""
+    n = 1000  # 24 padding ids
+    model = make_model(vocab_size=n)
+    x, y = random_ids(2, 32, vocab_size=n), random_ids(2, 32, seed=1, vocab_size=n)
     training = TrainingModel(model, compiled=False)
     results = []
     for size in (0.0, 30.0):
         with torch.no_grad():
-            spare = model.transformer.wte.weight[V:]
-            spare.copy_(size * torch.randn(spare.shape, generator=torch.Generator().manual_seed(4)))
+            rows = model.transformer.wte.weight[n:]
+            rows.copy_(size * torch.randn(rows.shape, generator=torch.Generator().manual_seed(4)))
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             loss = training(x, y)
             others = (model(x, y)[1].item(), training.evaluate(x, y).item())
@@ -455,12 +275,12 @@ def test_spare_ids_do_not_exist(dtype):
             with torch.no_grad():
                 logits = model(x)[0]
         loss, gradients = loss_and_gradients(model, loss)
-        assert logits.shape[-1] == V and greedy.max() < V
-        assert (gradients["transformer.wte.weight"][V:] == 0).all()
+        assert logits.shape[-1] == n and greedy.max() < n
+        assert (gradients["transformer.wte.weight"][n:] == 0).all()
         results.append((loss, others, logits, greedy, gradients))
     with torch.no_grad():
         all_logits = model.lm_head(model.hidden(x))
-    assert (all_logits.argmax(-1) >= V).all()  # they would have won every time
+    assert (all_logits.argmax(-1) >= n).all()  # they would have won every time
     (loss, others, logits, greedy, gradients), (loss_2, others_2, logits_2, greedy_2, g_2) = results
     assert (loss, *others) == pytest.approx((loss_2, *others_2), rel=1e-6)
     assert torch.equal(logits, logits_2) and torch.equal(greedy, greedy_2)
@@ -468,25 +288,9 @@ def test_spare_ids_do_not_exist(dtype):
         torch.testing.assert_close(g_2[name], gradient, rtol=1e-5, atol=1e-5)
 
 
-def test_bfloat16_loss_is_close():
-    """Autocast to bfloat16 moves the mean loss by less than 0.02, and leaves the weights alone."""
-    model, (x, y) = make(), play(4, 32)
-    training = TrainingModel(model, compiled=False)
-    exact = training(x, y).item() / y.numel()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = training(x, y) / y.numel()
-        value = training.evaluate(x, y).item() / y.numel()
-    assert loss.dtype == torch.float32
-    assert loss.item() != exact  # it was bfloat16
-    assert loss.item() == pytest.approx(exact, abs=0.02)
-    assert value == pytest.approx(exact, abs=0.02)
-    _, gradients = loss_and_gradients(model, loss)
-    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients.values())
-
-
-def test_no_position_sees_what_comes_after_it():
+def test_no_position_depends_on_later_ones():
     """The output at t has a gradient at every input up to t and exactly none after it."""
-    model, T = make(), 12
+    model, T = make_model(), 12
     inputs = []
 
     def keep(module, arguments, output):
@@ -502,276 +306,230 @@ def test_no_position_sees_what_comes_after_it():
         assert (reached[: t + 1] > 0).all() and (reached[t + 1 :] == 0).all()
 
 
-# -------------------------------------------------------------------------------------------------
-# Attention in blocks of queries
-
-
-def plain_attention(q, k, v):
-    """The textbook's, in the dtype of q."""
-    s = q @ k.transpose(2, 3) / math.sqrt(q.size(3))
-    future = torch.ones(s.shape[2:], dtype=torch.bool).triu(1)
-    return s.masked_fill(future, -math.inf).softmax(dim=3) @ v
-
-
-def with_gradient(attention, qkv, dy):
-    """The result of an attention and its gradient at the three inputs, in float32."""
-    inputs = [x.detach().clone().requires_grad_() for x in qkv]
-    y = attention(*inputs)
-    y.backward(dy.to(y.dtype))
-    return [y.detach().float(), *(x.grad.float() for x in inputs)]
-
-
-@pytest.mark.parametrize("T", [3, 255, 256, 257, 512, 700])
-def test_attention_in_blocks_is_attention(T):
-    """Result and gradients are those of the textbook; in bfloat16 as near as the flash kernel's."""
-    torch.manual_seed(T)
-    *qkv, dy = torch.randn(4, 2, 3, T, 16)
-    expected = with_gradient(plain_attention, qkv, dy)
-    found = with_gradient(train_gpt2.BlockwiseAttention.apply, qkv, dy)
-    for a, b in zip(found, expected):
-        torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
-    low = [x.bfloat16() for x in qkv]
-    flash = with_gradient(lambda *x: F.scaled_dot_product_attention(*x, is_causal=True), low, dy)
-    found = with_gradient(train_gpt2.BlockwiseAttention.apply, low, dy)
-    for a, b, exact in zip(found, flash, expected):
-        assert (a - exact).norm() <= 1.5 * (b - exact).norm() + 1e-3 * exact.norm()
-
-
-@pytest.mark.parametrize(
-    "T, dtype, slow, used",
-    [
-        (300, torch.bfloat16, True, True),
-        (256, torch.bfloat16, True, False),
-        (300, torch.float32, True, False),
-        (300, torch.bfloat16, False, False),
-    ],
-)
-def test_attention_in_blocks_is_for_what_it_speeds_up(monkeypatch, T, dtype, slow, used):
-    """Long rows in bfloat16 on a CPU without AMX, compiled; eager code never has it."""
-    monkeypatch.setattr(train_gpt2, "FLASH_IS_SLOW", slow)
-    torch._dynamo.reset()
-    traced = []
-
-    def backend(graph, inputs):
-        traced.extend(str(node.target) for node in graph.graph.nodes)
-        return graph.forward
-
-    qkv = [torch.randn(1, 1, T, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
-    compiled = torch.compile(train_gpt2.causal_attention, backend=backend, fullgraph=True)
-    tolerance = dict(atol=2e-2, rtol=2e-2)
-    torch.testing.assert_close(compiled(*qkv), train_gpt2.causal_attention(*qkv), **tolerance)
-    assert any("scaled_dot_product" in target for target in traced) is not used
-    monkeypatch.setattr(train_gpt2, "BlockwiseAttention", None)
-    train_gpt2.causal_attention(*qkv)
-
-
-# -------------------------------------------------------------------------------------------------
-# Text
-
-
-def plain_loop(model: GPT, ids, n: int, temperature: float, top_k: int | None, generator=None):
-    """The definition of generate: whole sequences, one id at a time, the last block_size seen."""
-    for _ in range(n):
-        with torch.no_grad():
-            logits = model(ids[:, -model.config.block_size :])[0][:, -1]
-        if temperature == 0:
-            new = logits.max(dim=1).indices[:, None]
-        else:
-            p, order = F.softmax(logits / temperature, dim=1), None
-            if top_k is not None:
-                order = p.sort(dim=1, descending=True).indices[:, :top_k].sort(dim=1).values
-                p = p.gather(1, order) / p.gather(1, order).sum(dim=1, keepdim=True)
-            new = torch.multinomial(p, 1, generator=generator)
-            new = new if order is None else order.gather(1, new)
-        ids = torch.cat((ids, new), dim=1)
-    return ids
-
-
-@pytest.mark.parametrize("prompt", [10, 20])
-@pytest.mark.parametrize("temperature, top_k", [(0, None), (1.0, None), (0.7, 20), (2.0, V + 5)])
-def test_generate_is_the_plain_loop(prompt, temperature, top_k):
-    """Greedy or sampled, within the window and past it: the ids of the definition."""
-    model, ids = make(block_size=16), random_ids(2, prompt)
-    generators = [torch.Generator().manual_seed(7) for _ in range(2)]
-    found = model.generate(ids, 8, temperature, top_k, generators[0])
-    k = None if top_k is None else min(top_k, V)
-    assert torch.equal(found, plain_loop(model, ids, 8, temperature, k, generators[1]))
-    assert torch.equal(found[:, :prompt], ids)
-
-
-def test_generator_decides_the_text():
-    """The same seed gives the same text, another one another."""
-    model, ids = make(), random_ids(1, 4)
-    texts = [
-        model.generate(ids, 10, generator=torch.Generator().manual_seed(seed)).tolist()
-        for seed in (1, 1, 2)
-    ]
-    assert texts[0] == texts[1] != texts[2]
-
-
-@pytest.mark.parametrize("vocab_size, rows, n", [(V, 128, 8), (300, 1024, 10)])
-def test_samples_are_ids_of_the_vocabulary(vocab_size, rows, n):
-    """Of 11,264 sampled ids none is a spare one, however likely their rows would make them."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=vocab_size, n_layer=1, n_head=1, n_embd=32, block_size=8))
+@pytest.mark.parametrize("pieces", [(3, 1, 4), (1, 1, 6), (2, 6), (5, 2, 1), (1, 7), (8,)])
+def test_tokens_may_be_added_to_a_cache_in_pieces(pieces):
+    """Every piece has the hidden states that its positions have without a cache."""
+    model, ids = make_model(), random_ids(2, 8)
+    caches = [KVCache(8) for _ in range(model.config.n_layer)]
     with torch.no_grad():
-        model.transformer.wte.weight[vocab_size:].normal_(std=30)
-    ids = model.generate(torch.zeros((rows, 1), dtype=torch.int64), n)[:, 1:]
-    assert ids.numel() == rows * n and ids.min() >= 0 and ids.max() < vocab_size
-    assert len(ids.unique()) > 100
+        expected = model.hidden(ids)
+        found = [model.hidden(piece, caches=caches) for piece in ids.split(pieces, dim=1)]
+    assert [x.size(1) for x in found] == list(pieces) and caches[0].seen == 8
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=1e-5, rtol=0)
 
 
-# -------------------------------------------------------------------------------------------------
-# Optimizer, schedule, one step
-
-
-def test_every_parameter_is_in_one_group_and_only_matrices_decay():
-    """Weight decay on the weights of linear layers and embeddings, the tied one once."""
-    model = make()
-    config = train_gpt2.Config(weight_decay=0.25, max_lr=1e-3, beta1=0.8, beta2=0.9, eps=1e-7)
-    groups = train_gpt2.configure_optimizer(model, config, "cpu").param_groups
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found = [(names[id(p)], group["weight_decay"]) for group in groups for p in group["params"]]
-    assert sorted(name for name, _ in found) == sorted(names.values())
-    matrices = {
-        id(module.weight)
-        for module in model.modules()
-        if isinstance(module, nn.Linear | nn.Embedding)
-    }
-    assert dict(found) == {name: 0.25 if i in matrices else 0.0 for i, name in names.items()}
-    for group in groups:
-        assert (group["lr"], group["betas"], group["eps"]) == (1e-3, (0.8, 0.9), 1e-7)
-
-
-@pytest.mark.parametrize(
-    "step, lr",
-    [
-        (0, 6e-5),  # a tenth of the warm-up, and not zero
-        (4, 3e-4),
-        (9, 6e-4),  # the last step of the warm-up
-        (10, 6e-4),  # the first of the cosine
-        (35, 6e-5 + 5.4e-4 * (1 + math.sqrt(0.5)) / 2),
-        (60, 3.3e-4),  # half way
-        (85, 6e-5 + 5.4e-4 * (1 - math.sqrt(0.5)) / 2),
-        (109, 6e-5 + 5.4e-4 * (1 - math.cos(math.pi / 100)) / 2),
-        (110, 6e-5),
-        (100_000, 6e-5),
-    ],
-)
-def test_learning_rate(step, lr):
-    """Ten steps of warm-up to 6e-4, then a cosine that reaches 6e-5 at step 110."""
-    config = train_gpt2.Config(max_lr=6e-4, min_lr=6e-5, warmup_steps=10, max_steps=110)
-    assert train_gpt2.get_lr(step, config) == pytest.approx(lr, rel=1e-9)
-
-
-@pytest.mark.parametrize("warmup_steps, max_steps", [(0, 1), (0, 10), (10, 10), (5, 6)])
-def test_learning_rate_of_odd_schedules(warmup_steps, max_steps):
-    """No warm-up, nothing but warm-up, one step: every step has a rate of at most max_lr."""
-    config = train_gpt2.Config(warmup_steps=warmup_steps, max_steps=max_steps)
-    rates = [train_gpt2.get_lr(step, config) for step in range(max_steps + 1)]
-    assert all(0 < rate <= config.max_lr for rate in rates) and max(rates) == config.max_lr
-    assert rates[-1] == config.min_lr
-
-
-def test_one_batch_is_learned_by_heart(small):
-    """4 x 32 tokens of input.txt: a loss under 0.05 within 100 steps."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=32))
-    training, (x, y) = TrainingModel(model, compiled=False), play(4, 32)
-    optimizer = train_gpt2.configure_optimizer(model, small(max_lr=2e-2), "cpu")
-    best = math.inf
-    for _ in range(100):
-        loss = training(x, y) / y.numel()
-        best = min(best, loss.item())
-        if best < 0.05:
-            break
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    assert best < 0.05
-
-
-def test_golden_step(small):
-    """One step of a fixed run, from the text file to the updated weights.
-
-    Any change of initialization, order of the data, model, loss, clipping, schedule or optimizer
-    moves these numbers. Whoever means to change one of those measures them anew, and says so;
-    a change that is to make the program only faster or clearer must leave them alone.
-    """
-    tiny = dict(n_layer=4, n_head=4, n_embd=128, T=128)
-    config = small(**tiny, B=1, total_batch_size=256, device="cpu")
-    run, _ = train_gpt2.open_run(config, train_gpt2.set_up_processes(config))
-    before = [parameter.detach().clone() for parameter in run.model.parameters()]
-    results = train_gpt2.train_step(run, train_gpt2.get_lr(run.step, run.config), torch.zeros(3))
-    pairs = list(zip(run.model.parameters(), before))
-    x, y = run.loader.batch(0, 2)
+def test_a_mask_and_positions_are_those_of_the_caller():
+    """Two texts in one row, each with its own positions, have the states that they have alone."""
+    model, ids = make_model(), random_ids(2, 9)
+    segments = torch.tensor([0] * 5 + [1] * 4)
+    mask = (segments[:, None] == segments).tril()[None, None]
+    positions = torch.tensor([*range(5), *range(4)])
     with torch.no_grad():
-        found = {
-            "loss": results[0].item(),
-            "norm of the gradient": results[1].item(),
-            "sum of |w|": sum(new.abs().double().sum().item() for new, _ in pairs),
-            "sum of |change|": sum((new - old).abs().double().sum().item() for new, old in pairs),
-            "loss on the same rows after it": run.model(x.flatten(0, 1), y.flatten(0, 1))[1].item(),
-        }
-    assert found == pytest.approx(GOLDEN, rel=1e-4)
-
-
-GOLDEN = {
-    "loss": 10.805065,
-    "norm of the gradient": 4.7448421,
-    "sum of |w|": 113248.54,
-    "sum of |change|": 3520.9738,
-    "loss on the same rows after it": 10.310836,
-}
+        found = model.hidden(ids, positions, mask)
+        expected = torch.cat((model.hidden(ids[:, :5]), model.hidden(ids[:, 5:])), dim=1)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 # -------------------------------------------------------------------------------------------------
-# Speed as a share of what the device could do
+# An edit of logits or loss acts in training, validation, HellaSwag and sampling
+#
+# Each edit is a subclass of GPT, with the same in textbook form: `expected_logits` of plain logits,
+# and `expected_losses` of those and of targets that all count.
 
 
-@pytest.mark.parametrize("recipe, T", [("gpt2", 1024), ("gpt2", 256), ("gpt2-xl", 1024)])
-def test_flops_per_token(recipe, T):
-    """6 per weight of a matrix product, and 6 L C T for causal attention: 798.0 M for 124M."""
-    config = of_recipe(recipe)
-    with torch.device("meta"):
-        model = GPT(config)
-    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    attention = 6 * config.n_layer * config.n_embd * T
-    assert model.flops_per_token(T) == 6 * weights + attention
-    if (recipe, T) == ("gpt2", 1024):
-        assert model.flops_per_token(T) == pytest.approx(798.0e6, abs=0.1e6)
+class Plain(GPT):
+    def expected_logits(self, logits):
+        return logits
+
+    def expected_losses(self, logits, targets):
+        return torch.logsumexp(logits, dim=1) - logits.gather(1, targets[:, None])[:, 0]
 
 
-@pytest.mark.parametrize(
-    "name, tflops",
-    [
-        ("NVIDIA H100 80GB HBM3", 989.5),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H200", 989.5),
-        ("NVIDIA GH200 480GB", 989.5),
-        ("NVIDIA H20", 148),
-        ("NVIDIA B200", 2250),
-        ("NVIDIA A100-SXM4-40GB", 312),
-        ("NVIDIA A100-PCIE-40GB", 312),
-        ("NVIDIA A10G", 70),
-        ("NVIDIA A10", 125),
-        ("NVIDIA L40S", 362),
-        ("NVIDIA L4", 121),
-        ("Tesla T4", 65),
-        ("Tesla V100-SXM2-16GB", 125),
-        ("NVIDIA GeForce RTX 4090", 165.2),
-        ("NVIDIA RTX A6000", 154.8),
-        # not in the table, although a name of the table is a part of theirs
-        ("NVIDIA RTX A1000", None),
-        ("NVIDIA RTX A4000", None),
-        ("NVIDIA T400 4GB", None),
-        ("NVIDIA GeForce GTX 1080", None),
-        ("AMD Instinct MI300X", None),
-    ],
-)
-def test_peak_by_name(name, tflops):
-    """The datasheet's dense bfloat16 peak of the GPUs in the table; None for others."""
-    peak = train_gpt2.peak_flops(name, torch.bfloat16)
-    assert peak == (None if tflops is None else pytest.approx(1e12 * tflops))
-    assert train_gpt2.peak_flops(name, torch.float16) == peak
-    assert train_gpt2.peak_flops(name, torch.float32) is None
+class Softcap(Plain):
+    def logits(self, x):
+        return 0.5 * torch.tanh(super().logits(x) / 0.5)
+
+    def expected_logits(self, logits):
+        return 0.5 * torch.tanh(logits / 0.5)
+
+
+class Temperature(Plain):
+    def __init__(self, config):
+        super().__init__(config)
+        self.temperature = nn.Parameter(torch.tensor(2.0))
+
+    def logits(self, x):
+        return super().logits(x) * self.temperature
+
+    def expected_logits(self, logits):
+        return logits * self.temperature
+
+
+class Bias(Plain):
+    def __init__(self, config):
+        super().__init__(config)
+        self.lm_head.bias = nn.Parameter(torch.linspace(-1, 1, config.padded_vocab_size))
+
+    def expected_logits(self, logits):
+        return logits + self.lm_head.bias[: logits.size(-1)]
+
+
+class ZLoss(Plain):
+    def token_losses(self, x, targets):
+        z = self.logits(x).float().logsumexp(dim=1)
+        return super().token_losses(x, targets) + 0.01 * z**2 * (targets != IGNORE_INDEX)
+
+    def expected_losses(self, logits, targets):
+        z = torch.logsumexp(logits, dim=1)
+        return super().expected_losses(logits, targets) + 0.01 * z**2
+
+
+class LabelSmoothing(Plain):
+    def token_losses(self, x, targets):
+        return F.cross_entropy(
+            self.logits(x).float(), targets, ignore_index=IGNORE_INDEX, reduction="none",
+            label_smoothing=0.1,
+        )  # fmt: skip
+
+    def expected_losses(self, logits, targets):
+        uniform = torch.logsumexp(logits, dim=1) - logits.mean(dim=1)
+        return 0.9 * super().expected_losses(logits, targets) + 0.1 * uniform
+
+
+OF_LOGITS, OF_LOSS = [Softcap, Temperature, Bias], [ZLoss, LabelSmoothing]
+EDITS = [
+    pytest.param(edit, tied, id=f"{edit.__name__}-{'tied' if tied else 'untied'}")
+    for edit in (Plain, *OF_LOGITS, *OF_LOSS)
+    for tied in (True, False)
+]
+
+
+def expected_logits(model, ids):
+    """The logits of token ids (B, T) with the model's edit, from its hidden states."""
+    plain = model.hidden(ids) @ model.lm_head.weight[: model.config.vocab_size].T
+    return model.expected_logits(plain)
+
+
+def make_edited(edit, **shape):
+    """(an edited model, one with the same weights without the edit), with large logits."""
+    models = [make_model(model_class=model_class, **shape) for model_class in (edit, Plain)]
+    with torch.no_grad():
+        models[0].transformer.ln_f.weight.mul_(5)
+    models[1].load_state_dict({n: models[0].get_parameter(n) for n in models[1].state_dict()})
+    return models
+
+
+@pytest.mark.parametrize("edit, tied", EDITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_edit_acts_in_training_and_validation(edit, tied, dtype):
+    """Loss and gradients of all parameters, new ones too, are those of the textbook form."""
+    model, plain = make_edited(edit, tied=tied, vocab_size=300)
+    x, y = (random_ids(3, 15, seed=seed, vocab_size=300) for seed in (0, 1))
+    y = with_ignored(y, 0.3)
+    count = y != IGNORE_INDEX
+    logits = expected_logits(model, x)[count]
+    expected = loss_and_gradients(model, model.expected_losses(logits, y[count]).sum())
+    training = TrainingModel(model, compiled=False)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss, evaluated = training(x, y), training.evaluate(x, y).item()
+        mean = model(x, y)[1].item()
+    loss, gradients = loss_and_gradients(model, loss)
+    relative = 1e-5 if dtype == torch.float32 else 1e-3
+    assert loss == pytest.approx(expected[0], rel=relative)
+    assert evaluated == pytest.approx(expected[0], rel=relative)
+    assert mean == pytest.approx(expected[0] / count.sum().item(), rel=relative)
+    assert gradients.keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        error = (gradients[name] - gradient).norm() / gradient.norm()
+        assert error < (3e-5 if dtype == torch.float32 else 0.05), name
+    if edit is not Plain:
+        without = TrainingModel(plain, compiled=False).evaluate(x, y).item()
+        assert abs(without - expected[0]) > 1e-3 * expected[0]
+
+
+@pytest.mark.parametrize("edit", [*OF_LOGITS, *OF_LOSS])
+def test_an_edit_acts_in_hellaswag(edit):
+    model, plain = make_edited(edit)
+    questions = [hellaswag_eval.make_question(e, "completion") for e in EXAMPLES[1:3]]
+    found = hellaswag_eval.ending_losses(model, questions, ALONE)
+    for question, losses in zip(questions, found):
+        for ending, loss in zip(question.endings, losses):
+            ids = torch.tensor([question.context + ending])[:, -33:]
+            with torch.no_grad():
+                logits = expected_logits(model, ids[:, :-1])[0, -len(ending) :]
+                expected = model.expected_losses(logits, ids[0, -len(ending) :]).sum().item()
+            assert loss == pytest.approx(expected, rel=1e-4)
+    assert abs(hellaswag_eval.ending_losses(plain, questions, ALONE) - found).min() > 1e-3
+
+
+@pytest.mark.parametrize("edit", OF_LOGITS)
+def test_an_edit_of_logits_acts_in_sampling(edit):
+    """The ids are those of a plain loop over the textbook form, and not those without the edit."""
+    model, plain = make_edited(edit, vocab_size=300)
+    ids = start = random_ids(4, 3, vocab_size=300)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for _ in range(12):
+            p = F.softmax(expected_logits(model, ids)[:, -1], dim=1)
+            ids = torch.cat((ids, torch.multinomial(p, 1, generator=generator)), dim=1)
+    sampled, without = (
+        m.generate(start, 12, generator=torch.Generator().manual_seed(7)) for m in (model, plain)
+    )
+    assert torch.equal(sampled, ids) and not torch.equal(without, ids)
+
+
+# -------------------------------------------------------------------------------------------------
+# Models with more in them than GPT-2 are saved and read
+
+
+class Rotary(GPT):
+    """A GPT with a table that is computed and not trained, and used by the hidden states."""
+
+    persistent = False
+
+    def __init__(self, config):
+        super().__init__(config)
+        angles = torch.arange(config.block_size)[:, None] * 0.1 ** torch.arange(config.n_embd)
+        self.register_buffer("table", angles.cos(), persistent=self.persistent)
+
+    def hidden(self, idx, **more):
+        return super().hidden(idx, **more) + self.table[: idx.size(1)]
+
+
+class PersistentRotary(Rotary):
+    persistent = True
+
+
+@pytest.mark.parametrize("model_class", [Rotary, PersistentRotary])
+def test_buffers_keep_their_values(model_class, tmp_path):
+    """A model that is read has the buffers of a new one, and the function of the saved one."""
+    model = make_model(model_class=model_class)
+    model.save_pretrained(tmp_path)
+    again = model_class.from_pretrained(tmp_path)
+    assert again.table.std() > 0.1 and torch.equal(again.table, model.table)
+    ids = random_ids(2, 16)
+    with torch.no_grad():
+        assert torch.equal(again(ids)[0], model(ids)[0])
+        assert not torch.allclose(again(ids)[0], GPT.forward(make_model(), ids)[0], atol=0.1)
+
+
+class MoreParameters(GPT):
+    """A GPT with parameters on every level, under names that GPT-2 does not have."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.temperature = nn.Parameter(torch.tensor(1.5))
+        self.transformer["gate"] = nn.Linear(config.n_embd, config.n_embd)
+        self.transformer.h[1].attn.q_norm = nn.LayerNorm(config.n_embd)
+
+
+def test_new_parameters_are_saved_and_read(tmp_path):
+    """Wherever they are in the model, and whatever their names."""
+    model = make_model(model_class=MoreParameters)
+    model.save_pretrained(tmp_path)
+    again = MoreParameters.from_pretrained(tmp_path)
+    for name, parameter in model.named_parameters():
+        expected = parameter.detach().clone()
+        if name == "transformer.wte.weight":
+            expected[V:] = 0
+        assert torch.equal(again.get_parameter(name), expected), name

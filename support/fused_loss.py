@@ -1,0 +1,144 @@
+"""Head and cross-entropy in chunks of rows, so that the (B * T, V) logits never exist at once."""
+
+import functools
+import math
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from support.devices import matmul_dtype
+
+IGNORE_INDEX = -1  # a target that does not count
+CHUNK_ROWS = {"cpu": 512, "mps": 1024, "cuda": 8192}  # rows of logits at a time, at most
+
+
+class HeadLoss(nn.Module):
+    """The summed loss of hidden states as a module, so that its parameters can be arguments.
+
+    model: has `token_losses(x, targets)`. Whatever that computes is differentiated by autograd, for
+    all parameters that it uses and that are trained: `used` has them by name.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        named = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        device = next(self.parameters()).device
+        x = torch.zeros(1, model.config.n_embd, device=device, requires_grad=True)
+        loss = self(x, torch.zeros(1, dtype=torch.int64, device=device))
+        gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        self.used = {name: p for (name, p), g in zip(named.items(), gradients) if g is not None}
+
+    def forward(self, x, targets):
+        """x (N, C), targets int64 (N,) -> float32 scalar."""
+        return self.model.token_losses(x, targets).sum()
+
+    def with_parameters(self, x, targets, *parameters):
+        """The same with other values for the parameters `used`, in their order."""
+        return functional_call(self, dict(zip(self.used, parameters)), (x, targets))
+
+
+def chunk_rows(n: int, most: int) -> int:
+    """Rows of a chunk, at most `most`, if n rows are cut into as few equal chunks as possible."""
+    return math.ceil(n / math.ceil(n / most))
+
+
+def cut(x, targets):
+    """(chunks of x (N, C), chunks of targets (N,)), all of one shape, which compiles once.
+
+    The last chunk is padded with rows whose target does not count.
+    """
+    rows = chunk_rows(len(x), CHUNK_ROWS[x.device.type])
+    if padding := -len(x) % rows:
+        x = F.pad(x, (0, 0, 0, padding))
+        targets = F.pad(targets, (0, padding), value=IGNORE_INDEX)
+    return x.split(rows), targets.split(rows)
+
+
+def cast_matrices(parameters, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The parameters, detached, and the matrices among them in the dtype of matrix products."""
+    return [p.detach().to(dtype if p.dim() > 1 else p.dtype) for p in parameters]
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """The sum of `loss_fn` over chunks of rows, with all gradients computed in the forward pass.
+
+    The gradients of a chunk are taken as soon as its loss is known, so that nothing of size V is
+    kept for the backward pass. (The idea of Liger-Kernel's fused linear cross-entropy.)
+    """
+
+    @staticmethod
+    def forward(ctx, loss_fn, x, targets, *parameters):
+        """loss_fn: `HeadLoss.with_parameters`, compiled or not
+        x (N, C), targets int64 (N,) -> float32 scalar
+        """
+        dtype = matmul_dtype(x)
+        cast = [p.requires_grad_() for p in cast_matrices(parameters, dtype)]
+        sums = [torch.zeros_like(p) for p in parameters]
+        total, dxs = torch.zeros((), device=x.device), []
+        for x_chunk, targets_chunk in zip(*cut(x, targets)):
+            with torch.enable_grad():
+                x_chunk = x_chunk.detach().to(dtype).requires_grad_()
+                loss = loss_fn(x_chunk, targets_chunk, *cast)
+            dx, *gradients = torch.autograd.grad(loss, (x_chunk, *cast))
+            total += loss.detach()
+            dxs.append(dx)
+            while gradients:  # each is freed before the next chunk's exist
+                sums[len(gradients) - 1] += gradients.pop()
+        ctx.save_for_backward(torch.cat(dxs)[: len(x)].to(x.dtype), *sums)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        dx, *sums = ctx.saved_tensors
+        return None, dx * grad, None, *(gradient * grad for gradient in sums)
+
+
+@torch.no_grad()
+def evaluate_chunks(loss_fn, x, targets, *parameters) -> torch.Tensor:
+    """The same sum without gradients: float32 scalar."""
+    dtype = matmul_dtype(x)
+    cast = cast_matrices(parameters, dtype)
+    return torch.stack([loss_fn(x.to(dtype), t, *cast) for x, t in zip(*cut(x, targets))]).sum()
+
+
+class TrainingModel(nn.Module):
+    """The loss of a GPT, summed, compiled or not: token ids in, loss out. Shares all parameters.
+
+    `model` itself stays uncompiled, for saving, sampling and odd shapes. Training and validation
+    compile functions of their own, so that neither recompiles because of the other.
+    """
+
+    def __init__(self, model: nn.Module, compiled: bool):
+        super().__init__()
+        self.model, self.head = model, [HeadLoss(model)]  # in a list: not a second submodule
+        self.use(compiled)
+
+    def use(self, compiled: bool) -> None:
+        """Switches between compiled and eager mode."""
+        maybe_compile = functools.partial(torch.compile, dynamic=False) if compiled else lambda f: f
+        model, head, self.compiled = self.model, self.head[0], compiled
+        # The compiler keeps a cache for each function in the source, so each has a lambda.
+        self.hidden = maybe_compile(lambda idx: model.hidden(idx))
+        self.eval_hidden = maybe_compile(lambda idx: model.hidden(idx))
+        self.train_loss = maybe_compile(lambda *arguments: head.with_parameters(*arguments))
+        self.eval_loss = maybe_compile(lambda *arguments: head.with_parameters(*arguments))
+
+    def forward(self, idx, targets):
+        """Summed loss in nats of int64 (B, T) each: float32 scalar."""
+        return self.loss(self.hidden(idx), targets)
+
+    def loss(self, x, targets):
+        """The same from final hidden states (B, T, C)."""
+        parameters = self.head[0].used.values()
+        return ChunkedLoss.apply(self.train_loss, x.flatten(0, 1), targets.flatten(), *parameters)
+
+    @torch.no_grad()
+    def evaluate(self, idx, targets):
+        """The same loss without gradients."""
+        parameters = self.head[0].used.values()
+        x = self.eval_hidden(idx).flatten(0, 1)
+        return evaluate_chunks(self.eval_loss, x, targets.flatten(), *parameters)

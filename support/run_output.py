@@ -1,0 +1,108 @@
+"""Everything that a run shows and records, in one place: console, log files, tracker, curves."""
+
+import math
+from pathlib import Path
+
+from support import run_log, trackers
+from support.checkpoint import list_checkpoints
+from support.launch import print0
+from support.step_log import StepLog
+
+
+class RunOutput:
+    """Console, `log.txt`, `progress.txt`, `run.json`, `curves.png` and tracker of a run.
+
+    Every rank calls it; only the master process writes.
+    """
+
+    def __init__(self, log_dir: Path, master_process: bool, console: StepLog, record: dict):
+        """record: what `run.json` holds: at least `settings`"""
+        self.log_dir, self.master_process = log_dir, master_process
+        self.console, self.record = console, record
+        self.log, self.curves = run_log.RunLog(log_dir), run_log.Curves(log_dir)
+        self.tracker = trackers.Tracker()
+
+    def print_setup(
+        self, B: int, epochs: float, lengths: dict[str, int], newest: Path | None, earlier: dict
+    ) -> None:
+        """Prints what is trained, on what, and where it starts.
+
+        lengths: tokens of each validation set; newest: checkpoint to continue; earlier: `run.json`
+        of the run that is continued, or {}
+        """
+        r, s = self.record, self.record["settings"]
+        rows = s["total_batch_size"] // s["T"]
+        micro_steps = math.ceil(math.ceil(rows / r["world_size"]) / B)
+        print0(
+            f"{r['parameters']:,} parameters | {r['world_size']} x {r['device']} in {r['dtype']} | "
+            f"B={B}, {micro_steps} micro-steps, {s['total_batch_size']:,} tokens per step"
+        )
+        others = "".join(f", {length:,} for {name}" for name, length in lengths.items())
+        print0(
+            f"{s['data']}: {r['train_tokens']:,} tokens for training "
+            f"({epochs:.2f} epochs in {s['max_steps']} steps){others}"
+        )
+        before, now = earlier.get("settings", s)["max_steps"], s["max_steps"]
+        if before != now:
+            print0(f"max_steps was {before} and is {now}: the schedule has the new length")
+        if newest:
+            print0(f"continuing from {newest}")
+
+    def start(self, step: int) -> None:
+        """Writes `run.json`, removes what a killed run logged from `step` on, opens the tracker."""
+        if self.master_process:
+            settings = self.record["settings"]
+            run_log.write_run_json(self.log_dir, self.record)
+            logged_steps = {at for at, stream, _ in self.log.read() if stream == "train"}
+            self.log.remove_steps(step)
+            self.tracker = trackers.start(
+                settings["tracker"], self.log_dir, settings, step, logged_steps
+            )
+
+    def log_step(
+        self, step: int, lr: float, tokens: int, total_tokens: int, figures: dict[str, float]
+    ) -> None:
+        """Logs a training step that has just ended.
+
+        tokens: of this step; total_tokens: trained on so far
+        figures: loss, norm and any others. `log.txt` gets the loss as `train`, the others but norm
+            by their names.
+        """
+        rates = self.console.log(step, lr, tokens, figures)
+        if self.master_process:
+            for name, value in figures.items():
+                if name != "norm":
+                    self.log.write(step, "train" if name == "loss" else name, value)
+            self.log.write_progress(step, total_tokens, rates.pop("dt_s"))
+            self.tracker.log(step, figures | dict(lr=lr) | rates)
+
+    def log_evaluation(self, step: int, stream: str, value: float, text: str) -> None:
+        """Logs the result of an evaluation after `step` steps; text: for the console."""
+        print0(f"step {step:5d} | {text}", bold=True)
+        if self.master_process:
+            self.log.write(step, stream, value)
+            self.tracker.log(step, {stream if stream == "hella" else f"{stream}_loss": value})
+
+    def log_text(self, step: int, name: str, text: str) -> None:
+        """Prints a text after `step` steps and gives it to the tracker."""
+        print0(f"--- {name.replace('_', ' ')} at step {step}\n{text}\n---")
+        self.tracker.log_text(step, name, text)
+
+    def draw_curves(self, last: bool) -> None:
+        """Draws `curves.png` in the background; if `last`, waits for it."""
+        if self.master_process and self.record["settings"]["curves"]:
+            self.curves.draw(wait=last)
+
+    def find_best(self) -> int | None:
+        """The step of the checkpoint with the lowest validation loss so far."""
+        return self.log.best(list_checkpoints(self.log_dir))
+
+    def finish(self, **results) -> None:
+        """Adds the results of a finished run to `run.json`."""
+        if self.master_process:
+            run_log.write_run_json(self.log_dir, self.record | results)
+
+    def close(self) -> None:
+        """Ends the progress bar and the tracker."""
+        self.console.close()
+        self.tracker.close()

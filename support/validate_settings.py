@@ -1,0 +1,64 @@
+"""Checks of the trainer's settings: each error names the setting, its value and the remedy."""
+
+import math
+
+from support import devices, trackers
+from support.errors import SettingError
+
+POSITIVE = (
+    "n_layer n_head n_embd T total_batch_size max_steps val_tokens sample_tokens num_samples "
+    "keep_checkpoints max_bad_steps max_lr eps muon_lr timeout_s"
+)
+NOT_NEGATIVE = (
+    "seed B batch_ramp_tokens min_lr warmup_steps weight_decay beta1 beta2 grad_clip "
+    "muon_momentum val_every hellaswag_every hellaswag_examples sample_every checkpoint_every"
+)
+LIMITS = dict(seed=2**64, beta1=1, beta2=1, muon_momentum=1)
+CHOICES = dict(optimizer=("adamw", "muon"), schedule=("cosine", "linear"))
+
+
+def validate(settings: dict, ramp_start: int) -> None:
+    """Raises SettingError for the first setting that is out of range or contradicts another.
+
+    ramp_start: tokens per step at the start of a batch ramp
+    """
+    check_ranges(settings)
+    check_combinations(settings, ramp_start)
+    trackers.validate(settings["tracker"])
+    devices.validate_device_and_dtype(settings["device"], settings["dtype"])
+
+
+def check_ranges(settings: dict) -> None:
+    """Raises SettingError if a setting by itself is out of range."""
+    for name in POSITIVE.split():
+        if not 0 < settings[name] < math.inf:
+            raise SettingError(f"{name}={settings[name]}: must be above 0 and finite")
+    for name in NOT_NEGATIVE.split():
+        if not 0 <= settings[name] < math.inf:
+            raise SettingError(f"{name}={settings[name]}: must be 0 or more and finite")
+    for name, limit in LIMITS.items():
+        if settings[name] >= limit:
+            raise SettingError(f"{name}={settings[name]}: must be below {limit}")
+    for name, choices in CHOICES.items():
+        if settings[name] not in choices:
+            raise SettingError(f"{name}={settings[name]!r}: must be {' or '.join(choices)}")
+
+
+def check_combinations(settings: dict, ramp_start: int) -> None:
+    """Raises SettingError if two settings contradict each other."""
+    s = settings
+    T, batch = s["T"], s["total_batch_size"]
+    if s["min_lr"] > s["max_lr"]:
+        raise SettingError(f"min_lr={s['min_lr']}: above max_lr={s['max_lr']}; give both")
+    if s["n_embd"] % s["n_head"]:
+        raise SettingError(f"n_head={s['n_head']}: n_embd={s['n_embd']} is not a multiple of it")
+    if batch % T:
+        near = max(1, round(batch / T)) * T
+        raise SettingError(f"total_batch_size={batch}: not a multiple of T={T}; {near} is one")
+    if s["batch_ramp_tokens"] and batch <= ramp_start:
+        raise SettingError(
+            f"batch_ramp_tokens={s['batch_ramp_tokens']}: a ramp starts at {ramp_start} tokens, "
+            f"and total_batch_size={batch} is not above that; set it to 0"
+        )
+    if s["val_every"] and s["val_tokens"] < T:
+        raise SettingError(f"val_tokens={s['val_tokens']}: less than one window of T={T}")
