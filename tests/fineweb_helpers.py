@@ -341,7 +341,8 @@ def finish_command(process: subprocess.Popen, code: int | None = 0) -> subproces
         output, errors = process.communicate(timeout=90)
     finally:
         process.kill()
-    assert code is None or process.returncode == code, output + errors
+    if code is not None and process.returncode != code:
+        pytest.fail(f"exit code {process.returncode}: {output + errors}")
     assert "Traceback" not in errors, errors
     if code == 2:
         assert errors.count("error:") == 1 and errors.splitlines()[-1].startswith("error:"), errors
