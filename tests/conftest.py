@@ -113,9 +113,9 @@ def wait_for_step(config, step: int, process: subprocess.Popen) -> None:
         time.sleep(0.002)
 
 
-def finish(process: subprocess.Popen) -> str:
+def finish(process: subprocess.Popen, timeout_s: float = 120) -> str:
     """The output of a run that must end well."""
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=timeout_s)[0]
     assert process.returncode == 0, output
     return output
 

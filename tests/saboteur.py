@@ -9,8 +9,10 @@ gradient.
     signal_in_evaluation SIGTERM 1 4   SIGTERM to rank 1, in the middle of the evaluation at step 4
     replace_gradient nan 1 5     a gradient full of NaN in rank 1, at step 5
     record_windows FILE          a line `step rank windows` in FILE for each step
+    compile_with eager           torch.compile with another backend, which makes no machine code
 """
 
+import functools
 import os
 import signal
 import sys
@@ -19,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+import torch
 
 import train_gpt2
 from support import fused_loss
@@ -118,6 +121,11 @@ def record_windows(file: str) -> None:
         return results
 
     train_gpt2.train_step = train_step
+
+
+def compile_with(backend: str) -> None:
+    """Makes torch.compile use another backend: what is traced, and when, stays the same."""
+    torch.compile = functools.partial(torch.compile, backend=backend)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import train_gpt2
 from support import autotune
 from support.autotune import choose_micro_batch, divide_evenly
 from support.distributed import Runtime
+from support.fused_loss import TrainingModel
 
 
 def choose(rows: int, B: int, T: int, world_size: int = 1) -> int:
@@ -178,8 +179,7 @@ def test_compiled_training_never_recompiles(
 ):
     """Validation, odd shapes on the raw model and samples leave the compiled step as it is.
 
-    What is traced, and how often, does not depend on the backend, which takes most of the time;
-    test_processes.py uses inductor.
+    What is traced, and how often, does not depend on the backend, which takes most of the time.
     """
     from torch._dynamo.utils import counters
 
@@ -206,6 +206,21 @@ def test_compiled_training_never_recompiles(
     train_gpt2.train(plain)
     assert losses(config) == pytest.approx(losses(plain), abs=1e-4)
     assert losses(config, "val") == pytest.approx(losses(plain, "val"), abs=1e-4)
+
+
+def test_inductors_loss_and_gradients_are_those_of_eager_mode():
+    """The default backend, which makes machine code, on the smallest model."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = train_gpt2.GPT(train_gpt2.GPTConfig(32, n_layer=1, n_head=2, n_embd=32))
+    idx, targets = (torch.randint(50257, (2, 32)) for _ in range(2))
+    results = []
+    for compiled in (False, True):
+        loss = TrainingModel(model, compiled)(idx, targets)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+        model.zero_grad(set_to_none=True)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 def test_a_missing_toolchain_is_eager_mode(small, monkeypatch, capsys):
