@@ -40,6 +40,7 @@ from support import (
     cli,
     devices,
     hellaswag_eval,
+    huggingface,
     run_log,
     shards,
     tokenizer,
@@ -50,7 +51,7 @@ from support.distributed import Runtime, initialize, raise_if_lost, without_sync
 from support.errors import SettingError, UserError, run_main
 from support.fused_loss import IGNORE_INDEX, TrainingModel
 from support.generation import causal_mask, generate_texts, stream
-from support.huggingface import find_non_finite, load_model, padding_rows, save_model
+from support.huggingface import check_code, describe_kind, find_non_finite, padding_rows
 from support.launch import print0, read_launch
 from support.muon import CombinedOptimizer, configure_muon, step_if_finite
 from support.run_output import RunOutput
@@ -342,12 +343,12 @@ class GPT(nn.Module):
 
     def save_pretrained(self, directory) -> None:
         """Writes a directory that `AutoModelForCausalLM` and `AutoTokenizer` open."""
-        save_model(self, directory)
+        huggingface.save_model(self, directory)
 
     @classmethod
-    def from_pretrained(cls, source: str, block_size: int | None = None) -> "GPT":
-        """The GPT-2 of a Hugging Face directory or Hub name; its first `block_size` positions."""
-        return load_model(cls, GPTConfig, source, block_size)
+    def from_pretrained(cls, source: str, **options) -> "GPT":
+        """The GPT-2 of a Hugging Face directory or Hub name; options of `huggingface.load_model`"""
+        return huggingface.load_model(cls, GPTConfig, source, **options)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -722,7 +723,7 @@ def build_model(config: Config, state: dict, directory: Path | None) -> GPT:
         return model
     if config.init_from != "scratch":
         try:
-            return GPT.from_pretrained(config.init_from, block_size=config.T)
+            return GPT.from_pretrained(config.init_from, block_size=config.T, same_function=False)
         except UserError as error:
             raise SettingError(f"init_from={config.init_from!r}: {error}") from None
     torch.manual_seed(config.seed)
@@ -754,7 +755,9 @@ def open_run(config: Config, runtime: Runtime) -> Run | None:
     if runtime.sum_float(step) != step * runtime.world_size:
         raise UserError(f"log_dir={str(log_dir)!r}: must be one directory shared by all nodes")
 
-    model = build_model(config, state, newest).to(runtime.device)
+    model = build_model(config, state, newest)
+    check_code(model)
+    model.to(runtime.device)
     c = model.config  # of init_from, perhaps
     config = dataclasses.replace(config, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
     run = build_run(config, runtime, model, splits)
@@ -881,7 +884,7 @@ def train(config: Config) -> int:
     losses = {f"{name}_loss": loss for name, loss in run.val_losses.items()}
     run.output.finish(finished_step=run.step, **({"val_loss": None} | losses))
     final = checkpoint.step_directory(config.log_dir, run.step)
-    print0(f"finished: {final} is a Hugging Face model")
+    print0(f"finished: {final} is {describe_kind(run.model)}")
     runtime.barrier()
     return 0
 

@@ -6,6 +6,7 @@ Model
     fused_loss         head and cross-entropy in chunks; the model as the training step calls it
     generation         KV cache, sampling from logits, texts from a model
     quantize           a model with its matrices in 8 bits, for sampling and scoring
+    model_function     whether the model's code computes GPT-2 or another function
     huggingface        a GPT to and from a Hugging Face directory or a model of the Hub
     muon               the optimizer Muon, and several optimizers used as one
     hellaswag_eval     the HellaSwag score, in training and by itself

@@ -9,15 +9,19 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
-from support import checkpoint
+from support import checkpoint, model_function
 from support.errors import UserError
+from support.launch import print0
 from support.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, save_tokenizer
 
+# The model_type of a model that computes something else, which `transformers` refuses to open.
+MODIFIED = "gpt2-modified"
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first one that exists is read
 TRANSPOSED = re.compile(r"\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
@@ -33,15 +37,6 @@ FUNCTION = {
 }
 NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 SPECIAL_IDS = {"bos_token_id": END_OF_TEXT_ID, "eos_token_id": END_OF_TEXT_ID}
-
-
-class SkipInit(torch.overrides.TorchFunctionMode):
-    """A context that skips all of `torch.nn.init`, for a model whose weights are then loaded."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"]
-        return function(*args, **(kwargs or {}))
 
 
 def padding_rows(model) -> dict:
@@ -60,7 +55,16 @@ def find_non_finite(model) -> str | None:
 
 
 def save_model(model, directory) -> None:
-    """Writes a directory that `AutoModelForCausalLM`, `AutoTokenizer`, vLLM and llama.cpp read."""
+    """Writes a directory that `AutoModelForCausalLM`, `AutoTokenizer`, vLLM and llama.cpp read.
+
+    A model that does not compute GPT-2 gets the model_type MODIFIED, which only `load_model` reads.
+    """
+    save_weights(model, Path(directory))
+    save_tokenizer(directory, model_max_length=model.config.block_size)
+
+
+def save_weights(model, directory: Path) -> None:
+    """Writes the configuration and the weights of `save_model`."""
     from safetensors.torch import save_file
 
     c, tensors = model.config, {}
@@ -70,20 +74,19 @@ def save_model(model, directory) -> None:
         tensor = tensor[: c.vocab_size] if name in c.vocab_weights else tensor
         tensor = tensor.t() if TRANSPOSED.search(name) else tensor
         tensors[name] = tensor.detach().cpu().float().contiguous()
-    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    for name, content in (("config", _build_config(c)), ("generation_config", SPECIAL_IDS)):
+    config = _build_config(c, model_function.identify(model))
+    for name, content in (("config", config), ("generation_config", SPECIAL_IDS)):
         (directory / f"{name}.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     shutil.copymode(directory / "config.json", directory / "model.safetensors")  # else private
-    save_tokenizer(directory, model_max_length=c.block_size)
 
 
-def _build_config(c) -> dict:
-    """The content of config.json; `transformers` ignores gpt_config."""
+def _build_config(c, function: model_function.Function) -> dict:
+    """The content of config.json; `transformers` ignores gpt_config and function."""
     return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel" if function.is_gpt2 else "GPT"],
+        "model_type": "gpt2" if function.is_gpt2 else MODIFIED,
         "vocab_size": c.vocab_size,
         "n_positions": c.block_size,
         "n_embd": c.n_embd,
@@ -99,19 +102,54 @@ def _build_config(c) -> dict:
         "dtype": "float32",
         "torch_dtype": "float32",  # the name that transformers 4 and llama.cpp read
         "gpt_config": dataclasses.asdict(c),
+        "function": function.number,
     }
+
+
+def describe_kind(model) -> str:
+    """What `save_model` makes of a model, in a few words."""
+    if model_function.identify(model).is_gpt2:
+        return "a Hugging Face model"
+    return f"of model_type {MODIFIED!r}, for this code only, since it does not compute GPT-2"
+
+
+def check_code(model) -> None:
+    """Raises UserError if a tiny model of this code is not the same after saving and loading.
+
+    Prints a line if it does not compute GPT-2.
+    """
+    if not (function := model_function.identify(model)).is_gpt2:
+        print0(f"each checkpoint will be {describe_kind(model)}")
+    if function.number is None:
+        return
+    tiny = model_function.build_tiny(model)
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            save_weights(tiny, Path(directory))
+            loaded = load_model(type(tiny), type(tiny.config), directory)
+        except UserError as error:
+            raise UserError(f"the model in train_gpt2.py cannot be loaded again: {error}") from None
+    state = loaded.state_dict()
+    for name, tensor in tiny.state_dict().items():
+        if not tensor.equal(state[name]):
+            raise UserError(
+                f"the model in train_gpt2.py saves {name}, but gets other values when it is loaded"
+            )
 
 
 # -------------------------------------------------------------------------------------------------
 # Reading
 
 
-def load_model(model_class, config_class, source: str, block_size: int | None = None):
+def load_model(
+    model_class, config_class, source: str, block_size: int | None = None, same_function=True
+):
     """The `model_class(config_class(...))` of a source of `read_config`, its weights in float32.
 
     The configuration is the one that `save_model` wrote, or that of a GPT-2 from elsewhere, without
     ids above those of GPT-2. The padding rows are zero.
     block_size: keep only so many positions
+    same_function: False to allow a model that computed another function when it was saved
     Raises UserError if the source is not such a model, is damaged, or has fewer positions.
     """
     directory, saved = read_config(str(source))
@@ -136,13 +174,30 @@ def load_model(model_class, config_class, source: str, block_size: int | None = 
         weights[HEAD] = weights[WTE]
     if WPE in weights:
         weights[WPE] = weights[WPE][: config.block_size]
-    with SkipInit():
+    with model_function.SkipInit():
         model = model_class(config)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"{source}: not this GPT-2: {error}") from None
+    if same_function:
+        _validate_function(source, saved, model)
     return model
+
+
+def _validate_function(source: str, config: dict, model) -> None:
+    """Raises UserError if `model` computes another function than the one that was saved."""
+    function = model_function.identify(model)
+    if "function" in config:
+        equal = function.may_equal(config["function"])
+    else:  # a GPT-2 from elsewhere
+        equal = function.is_gpt2 or function.number is None
+    if not equal:
+        raise UserError(
+            f"{source}: the model in train_gpt2.py computes another function than this one did "
+            f"when it was saved; undo the edit, or train on from it with --init_from={source} in "
+            "another --log_dir"
+        )
 
 
 def find_model(source: str) -> tuple[str, Path, dict]:
@@ -182,8 +237,10 @@ def read_config(source: str) -> tuple[Path, dict]:
 
 def _validate_config(source: str, config: dict) -> None:
     """Raises UserError if the content of a config.json is not that of a GPT-2."""
-    if (kind := config.get("model_type")) != "gpt2":
+    if (kind := config.get("model_type")) not in ("gpt2", MODIFIED):
         raise UserError(f"{source}: model_type in config.json is {kind!r}, and not 'gpt2'")
+    if not isinstance(config.get("function"), float | None):
+        raise UserError(f"{source}: function in config.json is {config['function']!r}")
     for name, value in FUNCTION.items():
         if config.get(name, value) != value:
             raise UserError(f"{source}: {name} is {config[name]!r}; GPT-2 has {value!r}")

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 import train_gpt2
 from support import checkpoint, cli, huggingface, quantize, tokenizer
 from support.errors import UserError
-from support.huggingface import SkipInit
+from support.model_function import SkipInit
 from train_gpt2 import GPT, GPTConfig
 
 V = tokenizer.VOCAB_SIZE

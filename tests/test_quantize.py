@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from support import quantize
-from support.huggingface import SkipInit
+from support.model_function import SkipInit
 from train_gpt2 import GPT, GPTConfig
 
 
