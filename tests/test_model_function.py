@@ -1,4 +1,4 @@
-"""An edited model: its function is recognized, and no checkpoint is taken for another function's."""
+"""An edited model: its function is recognized, and its checkpoints are not taken for GPT-2."""
 
 import functools
 import json
