@@ -14,7 +14,7 @@ from torch import nn
 
 from support import devices
 from support.errors import SettingError, UserError
-from support.launch import Launch
+from support.launch import Launch, read_address
 
 
 @dataclass
@@ -109,15 +109,31 @@ class LostProcess(UserError):
 
 
 def join_process_group(rank: int, world_size: int, device, timeout_s: float) -> None:
-    """Creates the default process group: nccl on CUDA, gloo elsewhere."""
+    """Creates the default process group: nccl on CUDA, gloo elsewhere.
+
+    Raises UserError if the address of rank 0 is not usable, LostProcess if a rank does not come.
+    """
     global _monitor
+    address, port = read_address()
     timeout = timedelta(seconds=timeout_s)
     group = dict(rank=rank, world_size=world_size, timeout=timeout)
-    group["store"] = create_store(rank, world_size, timeout)
-    if device.type == "cuda":
-        dist.init_process_group("nccl", **group, device_id=device)
-    else:
-        dist.init_process_group("gloo", **group)
+    try:
+        group["store"] = create_store(rank, world_size, timeout)
+        if device.type == "cuda":
+            dist.init_process_group("nccl", **group, device_id=device)
+        else:
+            dist.init_process_group("gloo", **group)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        if "EADDRINUSE" in reason:
+            raise UserError(
+                f"MASTER_PORT={port}: in use on {address}; choose another port, the same for all "
+                "processes"
+            ) from None
+        raise LostProcess(
+            f"rank {rank}: not all of {world_size} processes met at {address}:{port} within "
+            f"timeout_s={timeout_s} ({reason}); start all of them with the same address"
+        ) from None
     answer_s = min(timeout_s, 20)
     # The other ranks wait for the answer of rank 0 a little longer than it waits for them.
     group_timeout = timedelta(seconds=2 * answer_s + 5)
