@@ -7,6 +7,7 @@ Model
     generation         KV cache, sampling from logits, texts from a model
     quantize           a model with its matrices in 8 bits, for sampling and scoring
     model_function     whether the model's code computes GPT-2 or another function
+    model_files        the directory of a model, here or on the Hub, and the tensors in it
     huggingface        a GPT to and from a Hugging Face directory or a model of the Hub
     muon               the optimizer Muon, and several optimizers used as one
     hellaswag_eval     the HellaSwag score, in training and by itself

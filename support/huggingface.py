@@ -8,28 +8,28 @@ import dataclasses
 import json
 import re
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
-import torch
 from torch.nn import functional as F
 
-from support import checkpoint, model_function
+from support import model_function
 from support.errors import UserError
 from support.launch import print0
+from support.model_files import find_directory, read_tensors
 from support.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, save_tokenizer
 
 # The model_type of a model that computes something else, which `transformers` refuses to open.
 MODIFIED = "gpt2-modified"
-HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first one that exists is read
 TRANSPOSED = re.compile(r"\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
 CAUSAL_MASK = re.compile(r"\.attn\.(bias|masked_bias)$")  # a buffer in old files, not a parameter
 WTE, WPE, HEAD = "transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"
+# Heads that other programs put on a GPT-2, beside its own.
+OTHER_HEADS = ("v_head.", "multiple_choice_head.", "score.", "classifier.", "qa_outputs.")
+GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # names of one function
 # The function that `GPT` computes; a directory with other values is refused.
 FUNCTION = {
-    "activation_function": "gelu_new",
+    "activation_function": GELU[0],
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
@@ -217,11 +217,11 @@ def find_model(source: str) -> tuple[str, Path, dict]:
 def read_config(source: str) -> tuple[Path, dict]:
     """(directory, config.json) of a GPT-2, without reading its weights.
 
-    source: a directory with `config.json` and one of `WEIGHT_FILES`, or a directory of checkpoints
-        (the newest valid one is read), or one of `HUB_NAMES` or any `owner/name` of the Hub
+    source: a directory with `config.json` and weights, or a directory of checkpoints (the newest
+        valid one is read), or `gpt2`, ..., `gpt2-xl` or any `owner/name` of the Hub
     Raises UserError: unknown model, no network, another architecture.
     """
-    directory = _find_directory(source)
+    directory = find_directory(source)
     path = directory / "config.json"
     if not path.exists():
         raise UserError(
@@ -242,7 +242,7 @@ def _validate_config(source: str, config: dict) -> None:
     if not isinstance(config.get("function"), float | None):
         raise UserError(f"{source}: function in config.json is {config['function']!r}")
     for name, value in FUNCTION.items():
-        if config.get(name, value) != value:
+        if config.get(name, value) not in (GELU if value in GELU else (value,)):
             raise UserError(f"{source}: {name} is {config[name]!r}; GPT-2 has {value!r}")
     for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
         if not isinstance(config.get(name), int) or config[name] < 1:
@@ -254,44 +254,15 @@ def _validate_config(source: str, config: dict) -> None:
         raise UserError(f"{source}: n_inner is {config['n_inner']}; GPT-2 has 4 * n_embd")
 
 
-def _find_directory(source: str) -> Path:
-    """The directory itself, its newest checkpoint, or the local copy of a model of the Hub."""
-    directory = Path(source)
-    if (directory / "config.json").exists():
-        return directory
-    if directory.is_dir():
-        return checkpoint.newest_valid(directory, file=sys.stderr) or directory
-    if source not in HUB_NAMES and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
-        names = ", ".join(HUB_NAMES)
-        raise UserError(f"{source!r} is neither a directory nor one of {names} nor owner/name")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise UserError("huggingface_hub is not installed: pip install huggingface_hub") from None
-    name = f"openai-community/{source}" if source in HUB_NAMES else source
-    try:
-        for weights in WEIGHT_FILES:  # some old models have only the second one
-            directory = Path(snapshot_download(name, allow_patterns=["config.json", weights]))
-            if (directory / weights).exists():
-                break
-        return directory
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(
-            f"{source!r} cannot be downloaded from the Hugging Face Hub ({reason}); "
-            "without a network, name a local directory instead"
-        ) from None
-
-
 def _read_weights(source: str, directory: Path, config: dict) -> dict:
     """{OpenAI's parameter name: tensor in the layout of nn.Linear, float32}, always with the head.
 
     Raises UserError if they are damaged or contradict config.json.
     """
-    tensors, weights = _read_tensors(directory), {}
+    tensors, weights = read_tensors(directory), {}
     prefix = "transformer." if "wte.weight" in tensors else ""  # a file of transformers' GPT2Model
     for name, tensor in tensors.items():
-        if CAUSAL_MASK.search(name):
+        if CAUSAL_MASK.search(name) or name.startswith(OTHER_HEADS):
             continue
         name = name if name == HEAD else prefix + name
         tensor = tensor.float()
@@ -312,25 +283,3 @@ def _read_weights(source: str, directory: Path, config: dict) -> dict:
                 "says"
             )
     return weights
-
-
-def _read_tensors(directory: Path) -> dict:
-    """{name: tensor} of the first of `WEIGHT_FILES`; code in a pickle file is not executed."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = next((p for name in WEIGHT_FILES if (p := directory / name).exists()), None)
-    if path is None:
-        raise UserError(f"{directory}: neither {' nor '.join(WEIGHT_FILES)}")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-        if not all(isinstance(tensor, torch.Tensor) for tensor in dict(tensors).values()):
-            raise ValueError("not a plain {name: tensor}")
-        return tensors
-    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, EOFError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: {reason}; damaged, or of another program") from None
-    except Exception as error:  # pickle.UnpicklingError: the file holds more than tensors
-        raise UserError(f"{path}: refused, not plain tensors ({type(error).__name__})") from None

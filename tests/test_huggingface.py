@@ -99,7 +99,7 @@ def without(name: str):
         (lambda d: edit_config(d, gpt_config={"n_lyer": 2}), "another version.*n_lyer"),
         (lambda d: edit_config(d, n_layer=3), "transformer.h.2"),
         (lambda d: edit_config(d, n_embd=48), "not this GPT-2"),
-        (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor"),
+        (lambda d: (d / "model.safetensors").unlink(), "no weights in it .model.safetensors"),
         (truncate, "model.safetensors: .*damaged"),
         (lambda d: edit_config(d, n_head=3), "n_head"),
         (lambda d: with_old_file(d).write_bytes(b""), "pytorch_model.bin"),
