@@ -47,6 +47,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise SettingError(f"{message}; --help lists all settings")
 
+    def parse_known_args(self, args=None, namespace=None):
+        for argument in args or ():
+            if argument.startswith("-") and argument.endswith("=--"):  # argparse drops such a value
+                self.error(f"{argument}: -- is not a value")
+        return super().parse_known_args(args, namespace)
+
 
 def build_parser(settings: type, recipes: dict[str, dict], description: str) -> Parser:
     """The parser of `parse`, with the settings in the groups of the dataclass."""

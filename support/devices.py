@@ -24,7 +24,7 @@ def validate_device_and_dtype(device: str, dtype: str) -> None:
     """Raises SettingError if the setting `device` or `dtype` has no valid form."""
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise SettingError(f"dtype={dtype!r}: must be auto, float32, bfloat16 or float16")
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", device):
         raise SettingError(f"device={device!r}: must be auto, cpu, cuda, cuda:N or mps")
 
 

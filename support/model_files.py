@@ -34,9 +34,9 @@ def find_directory(source: str) -> Path:
         return checkpoint.newest_valid(directory, file=sys.stderr) or directory
     if directory.is_file():
         raise UserError(
-            f"{source}: is a file; name a directory in Hugging Face format (to convert a ckpt.pt of "
-            "nanoGPT, copy its state_dict into transformers' GPT2LMHeadModel, whose four matrices "
-            "per block are transposed, and use save_pretrained)"
+            f"{source}: is a file; name a directory in Hugging Face format (to convert a ckpt.pt "
+            "of nanoGPT, copy its state_dict into transformers' GPT2LMHeadModel, whose four "
+            "matrices per block are transposed, and use save_pretrained)"
         )
     parts = directory.parts
     is_path = source.endswith(FILE_SUFFIXES) or (len(parts) > 1 and Path(parts[0]).exists())

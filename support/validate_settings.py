@@ -13,7 +13,13 @@ NOT_NEGATIVE = (
     "seed B batch_ramp_tokens min_lr warmup_steps weight_decay beta1 beta2 grad_clip "
     "muon_momentum val_every hellaswag_every hellaswag_examples sample_every checkpoint_every"
 )
-LIMITS = dict(seed=2**64, beta1=1, beta2=1, muon_momentum=1)
+LIMITS = dict(
+    seed=2**64, beta1=1, beta2=1, muon_momentum=1,
+    # No machine has the memory or the time for more.
+    n_layer=10**4, n_head=10**5, n_embd=10**6, T=10**8, B=10**8, total_batch_size=10**10,
+    batch_ramp_tokens=10**13, max_steps=10**9, sample_tokens=10**9, num_samples=10**6,
+    timeout_s=10**7,
+)  # fmt: skip
 CHOICES = dict(optimizer=("adamw", "muon"), schedule=("cosine", "linear"))
 
 

@@ -5,10 +5,12 @@ import dataclasses
 import inspect
 import io
 import itertools
+import subprocess
 import sys
 
 import pytest
 import torch
+from conftest import ROOT, environment
 
 import train_gpt2
 from support import cli, errors, validate_settings
@@ -218,3 +220,19 @@ def test_comments_on_lines_of_their_own_are_headings(capsys):
 @pytest.mark.parametrize("heading", ["data", "model: GPT-2 124M", "batch", "evaluation", "system"])
 def test_the_trainers_help_has_its_headings(help_text, heading):
     assert f"\n{heading}:\n" in help_text
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_two_dashes_are_not_a_value(name):
+    """argparse takes them for the end of the options, and leaves the setting without a value."""
+    with pytest.raises(errors.SettingError, match=f"--{name}=--: -- is not a value"):
+        parse_config([f"--{name}=--"])
+
+
+def test_the_command_line_works_without_docstrings():
+    """`python -OO` removes them."""
+    done = subprocess.run(
+        [sys.executable, "-OO", "train_gpt2.py", "--help"],
+        cwd=ROOT, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "--n_layer" in done.stdout, done.stderr

@@ -39,6 +39,7 @@ IMPOSSIBLE = [
     (dict(min_lr=float("nan")), "min_lr=nan", "0 or more"),
     (dict(grad_clip=float("inf")), "grad_clip=inf"),
     (dict(seed=2**64), f"seed={2**64}"),
+    (dict(device="cuda:9999999"), "device='cuda:9999999'", "auto, cpu, cuda, cuda:N or mps"),
 ]  # fmt: skip
 ABOVE_0 = (
     "n_layer", "n_head", "n_embd", "T", "total_batch_size", "max_steps", "val_tokens",
@@ -53,6 +54,11 @@ NOT_BELOW_0 = (
 IMPOSSIBLE += [({name: 0}, f"{name}=0", "above 0") for name in ABOVE_0]
 IMPOSSIBLE += [({name: -1}, f"{name}=-1", "above 0") for name in ABOVE_0]
 IMPOSSIBLE += [({name: -1}, f"{name}=-1", "0 or more") for name in NOT_BELOW_0]
+SIZES = (
+    "n_layer", "n_head", "n_embd", "T", "B", "total_batch_size", "batch_ramp_tokens", "max_steps",
+    "sample_tokens", "num_samples", "timeout_s",
+)  # fmt: skip
+IMPOSSIBLE += [({name: 10**22}, f"{name}={10**22}", "must be below") for name in SIZES]
 
 
 @pytest.mark.parametrize("case", IMPOSSIBLE, ids=lambda case: str(case[0]))
