@@ -843,9 +843,10 @@ def build_output(config: Config, runtime: Runtime, model: GPT, loader: DataLoade
 
 def count_epochs(config: Config, loader: DataLoaderLite) -> float:
     """How often the whole run reads the training data."""
-    position = 0
-    for _ in range(config.max_steps):
-        position += batch_rows(position, config)
+    position = steps = 0
+    while position * config.T < config.batch_ramp_tokens and steps < config.max_steps:
+        position, steps = position + batch_rows(position, config), steps + 1
+    position += (config.max_steps - steps) * batch_rows(position, config)
     return position / loader.windows
 
 
@@ -853,10 +854,11 @@ def count_epochs(config: Config, loader: DataLoaderLite) -> float:
 # The run: loop
 
 
-def train(config: Config) -> int:
+def train(config: Config, process_ends: bool = False) -> int:
     """Trains by the settings until max_steps or a signal; returns the exit code.
 
     0: finished; 128 + N: stopped by signal N, with a checkpoint of the last complete step.
+    process_ends: whether the process ends afterwards, and ignores any further signal until then
     Raises UserError for what the user can correct, and if another process is lost.
     """
     runtime = initialize(config.device, config.dtype, read_launch(), config.timeout_s)
@@ -870,7 +872,7 @@ def train(config: Config) -> int:
                 config.hellaswag_data, examples, vocab_size, runtime
             )
         reports = DelayedCalls(functools.partial(log_step, run), runtime.asynchronous)
-        with StopSignals(runtime) as signals, contextlib.closing(run.output):
+        with StopSignals(runtime, process_ends) as signals, contextlib.closing(run.output):
             run.output.console.start(run.step)
             try:
                 train_loop(run, reports, signals)
@@ -959,14 +961,14 @@ def stop(run: Run, reports: DelayedCalls, stopped: Stopped) -> int:
 
 def parse_config(arguments: list[str]) -> Config:
     """The valid settings of a command line, `[recipe] [--name=value ...]`."""
-    config = cli.parse(Config, RECIPES, arguments, __doc__.split("\n")[0])
+    config = cli.parse(Config, RECIPES, arguments, "Trains GPT-2. All settings by their groups:")
     validate_settings.validate(vars(config), RAMP_START)
     return config
 
 
 def main() -> int:
     try:
-        code = train(parse_config(sys.argv[1:]))
+        code = train(parse_config(sys.argv[1:]), process_ends=True)
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
         raise UserError(f"{reason}; give a smaller --B, or 0 for the most that fit") from None

@@ -1,17 +1,21 @@
-"""Coordinated shutdown on SIGTERM, SIGINT and SIGUSR1: all ranks stop at the same step."""
+"""Coordinated shutdown on a signal (SIGTERM, SIGINT, ...): all ranks stop at the same step."""
 
 import ctypes
 import functools
 import os
 import signal
 import sys
+import threading
 import time
 
 import torch
 
 from support.distributed import Runtime
+from support.launch import print0
 
-NAMES = [name for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+# SIGHUP: the terminal or the ssh connection closed; SIGXCPU: the limit of CPU time is near.
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU")
+NAMES = [name for name in NAMES if hasattr(signal, name)]  # Windows has the first two
 STEP_TIMEOUT_S = 10  # for the step in progress to end: torchrun and Slurm kill after 30
 
 
@@ -30,8 +34,9 @@ class StopSignals:
     on each of them; `check` does both.
     """
 
-    def __init__(self, runtime: Runtime):
-        self.runtime = runtime
+    def __init__(self, runtime: Runtime, process_ends: bool = False):
+        """process_ends: after the context the process only has to end, and ignores the signals"""
+        self.runtime, self.process_ends = runtime, process_ends
         self.received, self.received_at = None, 0.0  # index into NAMES, time.monotonic()
         # On the device, so that no step has to copy: row 0 for no signal, then one row each.
         self.rows = torch.eye(len(NAMES) + 1, device=runtime.device)[:, 1:]
@@ -39,15 +44,20 @@ class StopSignals:
         self.counts = None  # summed row of the last `check`
 
     def __enter__(self):
+        if threading.current_thread() is not threading.main_thread():
+            print0("signals are not handled: only the main thread of a program can do that")
+            return self
         for index, name in enumerate(NAMES):
             number, handler = getattr(signal, name), functools.partial(self.record, index)
+            if name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup: the run is to survive its terminal
             self.previous_handlers[number] = signal.signal(number, handler)
         stop_with_launcher()
         return self
 
     def __exit__(self, *_):
         for number, handler in self.previous_handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.process_ends else handler)
 
     def record(self, index, number, frame):
         """The handler of the signals."""
