@@ -47,13 +47,14 @@ from support import (
     validate_settings,
 )  # fmt: skip
 from support.cpu_attention import causal_attention
-from support.distributed import Runtime, initialize, raise_if_lost, without_sync
+from support.distributed import Runtime, initialize, naming_lost_ranks, without_sync
 from support.errors import SettingError, UserError, run_main
 from support.fused_loss import IGNORE_INDEX, TrainingModel
 from support.generation import causal_mask, generate_texts, stream
 from support.huggingface import check_code, describe_kind, find_non_finite, padding_rows
 from support.launch import print0, read_launch
 from support.muon import CombinedOptimizer, configure_muon, step_if_finite
+from support.run_lock import RunLock
 from support.run_output import RunOutput
 from support.step_log import DelayedCalls, StepLog, count_bad_steps
 from support.stop_signals import Stopped, StopSignals
@@ -734,7 +735,7 @@ def build_model(config: Config, state: dict, directory: Path | None) -> GPT:
 def open_run(config: Config, runtime: Runtime) -> Run | None:
     """The run that the settings and the content of `log_dir` describe; None if it is finished.
 
-    Nothing is written before settings, data and checkpoint have been checked.
+    Checks settings, data and checkpoint, and writes nothing.
     """
     log_dir = Path(config.log_dir)
     record = run_log.read_run_json(log_dir, config.resume)
@@ -766,9 +767,6 @@ def open_run(config: Config, runtime: Runtime) -> Run | None:
     lengths = {name: len(loader.tokens) for name, loader in run.val_loaders.items()}
     epochs = count_epochs(config, run.loader)
     run.output.print_setup(run.loader.B, epochs, lengths, newest, record)
-    run.output.start(run.step)
-    models = run.training_model, run.ddp_model
-    autotune.compile_or_fall_back(*models, run.loader.B, config.T, runtime)
     return run
 
 
@@ -862,10 +860,14 @@ def train(config: Config, process_ends: bool = False) -> int:
     Raises UserError for what the user can correct, and if another process is lost.
     """
     runtime = initialize(config.device, config.dtype, read_launch(), config.timeout_s)
-    try:
+    with naming_lost_ranks(), RunLock(config.log_dir, runtime) as lock:
         run = open_run(config, runtime)
         if run is None:
             return 0
+        lock.acquire()
+        run.output.start(run.step)
+        models = run.training_model, run.ddp_model
+        autotune.compile_or_fall_back(*models, run.loader.B, config.T, runtime)
         if config.hellaswag_every:
             vocab_size, examples = run.model.config.vocab_size, config.hellaswag_examples
             run.questions = hellaswag_eval.load_shared_questions(
@@ -878,17 +880,14 @@ def train(config: Config, process_ends: bool = False) -> int:
                 train_loop(run, reports, signals)
             except Stopped as stopped:
                 return stop(run, reports, stopped)
-    except RuntimeError as error:
-        raise_if_lost(error)
-        raise
-    if runtime.master_process:
-        prune_checkpoints(run)  # what a kill just before the end left
-    losses = {f"{name}_loss": loss for name, loss in run.val_losses.items()}
-    run.output.finish(finished_step=run.step, **({"val_loss": None} | losses))
-    final = checkpoint.step_directory(config.log_dir, run.step)
-    print0(f"finished: {final} is {describe_kind(run.model)}")
-    runtime.barrier()
-    return 0
+        if runtime.master_process:
+            prune_checkpoints(run)  # what a kill just before the end left
+        losses = {f"{name}_loss": loss for name, loss in run.val_losses.items()}
+        run.output.finish(finished_step=run.step, **({"val_loss": None} | losses))
+        final = checkpoint.step_directory(config.log_dir, run.step)
+        print0(f"finished: {final} is {describe_kind(run.model)}")
+        runtime.barrier()
+        return 0
 
 
 def train_loop(run: Run, reports: DelayedCalls, signals: StopSignals) -> None:

@@ -183,11 +183,15 @@ def find_missing(rank: int) -> str:
     return "another process has ended"
 
 
-def raise_if_lost(error: RuntimeError) -> None:
-    """Raises LostProcess if `error` comes from a collective that another process left."""
-    if _monitor and (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
-        rank = dist.get_rank()
+@contextlib.contextmanager
+def naming_lost_ranks():
+    """A context that raises LostProcess if a collective in it fails because a rank has left."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _monitor or not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+            raise
         raise LostProcess(
-            f"rank {rank}: {find_missing(rank)} ({str(error)[:200]}); "
+            f"rank {dist.get_rank()}: {find_missing(dist.get_rank())} ({str(error)[:200]}); "
             "the same command continues from the last checkpoint"
         ) from None
