@@ -53,7 +53,13 @@ from support.fused_loss import IGNORE_INDEX, TrainingModel
 from support.generation import causal_mask, generate_texts, stream
 from support.huggingface import check_code, describe_kind, find_non_finite, padding_rows
 from support.launch import print0, read_launch
-from support.muon import CombinedOptimizer, configure_muon, step_if_finite
+from support.muon import (
+    CombinedOptimizer,
+    configure_muon,
+    load_optimizer,
+    save_optimizer,
+    step_if_finite,
+)
 from support.run_lock import RunLock
 from support.run_output import RunOutput
 from support.step_log import DelayedCalls, StepLog, count_bad_steps
@@ -561,7 +567,7 @@ def training_state(run: "Run") -> dict:
         "bad_steps": run.bad_steps,
         "settings": dataclasses.asdict(run.config),
         "data": run.loader.tokens.fingerprint,
-        "optimizer": run.optimizer.state_dict(),
+        "optimizer": save_optimizer(run.optimizer),
         "scaler": run.scaler.state_dict(),
         "padding_rows": padding_rows(run.model),
         "rng": {"cpu": torch.get_rng_state()},
@@ -575,7 +581,7 @@ def restore(run: "Run", state: dict) -> None:
     """Sets everything but the model's parameters to the state of a checkpoint."""
     run.step = run.saved_step = state["step"]
     run.loader.position, run.bad_steps = state["position"], state["bad_steps"]
-    run.optimizer.load_state_dict(state["optimizer"])
+    load_optimizer(run.optimizer, state["optimizer"])
     if state["scaler"]:
         run.scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["rng"]["cpu"])

@@ -5,6 +5,8 @@ import itertools
 import torch
 import torch.distributed as dist
 
+from support.errors import SettingError
+
 
 class Muon(torch.optim.Muon):
     """PyTorch's Muon for weights that hold several matrices, with its work shared by all ranks.
@@ -82,6 +84,36 @@ class CombinedOptimizer:
     def load_state_dict(self, state: dict) -> None:
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state[name])
+
+
+def describe_optimizer(optimizer) -> str:
+    """The classes of an optimizer, such as `Muon and AdamW`."""
+    combined = isinstance(optimizer, CombinedOptimizer)
+    parts = optimizer.optimizers.values() if combined else [optimizer]
+    return " and ".join(type(part).__name__ for part in parts)
+
+
+def save_optimizer(optimizer) -> dict:
+    """The state of an optimizer, and the `kind` by which `load_optimizer` recognizes it."""
+    return optimizer.state_dict() | {"kind": describe_optimizer(optimizer)}
+
+
+def load_optimizer(optimizer, saved: dict) -> None:
+    """Loads what `save_optimizer` returned.
+
+    Raises SettingError if the optimizer is of other classes, or has other groups of parameters.
+    """
+    found, reason = describe_optimizer(optimizer), f"the run had {saved['kind']}"
+    try:
+        if found == saved["kind"]:
+            optimizer.load_state_dict(saved)
+            return
+    except (KeyError, ValueError) as error:
+        reason = f"the run had other groups of parameters ({error})"
+    raise SettingError(
+        f"configure_optimizer in train_gpt2.py builds {found}, but {reason}; undo the edit, or "
+        "start a new run from the weights with --init_from and another --log_dir"
+    )
 
 
 def step_if_finite(optimizer, finite: torch.Tensor, device: torch.device) -> None:

@@ -2,64 +2,61 @@
 its run may be continued."""
 
 import contextlib
+import hashlib
 import json
 import platform
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
-from support.checkpoint import list_checkpoints
 from support.errors import SettingError, UserError
 from support.files import write_text
 from support.launch import print0
-from support.log_files import read_fields
 
 ROOT = Path(__file__).resolve().parent.parent
 REMEDY = "give that value to continue it, or another --log_dir to start a new run"
 
 
-def cannot_write(path: Path, error: OSError) -> UserError:
-    """The error for a file of the log directory that cannot be written."""
-    return UserError(
-        f"{path}: cannot be written ({error.strerror}); make room and run the same command again, "
-        "or choose another --log_dir"
-    )
-
-
-def append(path: Path, line: str) -> None:
-    """Adds a line to a file. Raises UserError if it cannot be written."""
+@contextlib.contextmanager
+def writing(path: Path):
+    """A context that raises UserError if a file of the log directory cannot be written."""
     try:
-        with open(path, "a", encoding="utf-8", newline="\n") as file:
-            file.write(line)
+        yield
     except OSError as error:
-        raise cannot_write(path, error) from None
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); make room and run the same command "
+            "again, or choose another --log_dir"
+        ) from None
 
 
 def replace(path: Path, text: str) -> None:
     """Writes a text file and its directory. Raises UserError if it cannot be written."""
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
-    except OSError as error:
-        raise cannot_write(path, error) from None
 
 
-def remove_steps(path: Path, step: int) -> None:
-    """Removes the lines of `step` and later ones, which the run repeats.
+def read_lines(path: Path) -> list[str]:
+    """The complete lines of a file: without a last one that is being written, or that a kill cut.
 
-    A line begins with its step; any other complete line stays as it is.
+    Raises OSError.
     """
-    lines = []
-    if path.exists():
-        with open(path, encoding="utf-8", errors="replace") as file:
-            lines = list(file)
-    kept = []
-    for line in lines:
-        first = line.split(maxsplit=1)[:1]
-        repeated = first and first[0].isdecimal() and int(first[0]) >= step
-        if line.endswith("\n") and not repeated:
-            kept.append(line)
-    replace(path, "".join(kept))
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return [line for line in file if line.endswith("\n")]
+
+
+def read_rows(path: Path, types: tuple[type, ...]) -> list[tuple]:
+    """The fields of each complete line of `log.txt` or `progress.txt`, as values of `types`.
+
+    Lines of another form are skipped. Raises OSError.
+    """
+    rows = []
+    for line in read_lines(path):
+        with contextlib.suppress(ValueError):
+            fields = zip(types, line.split(), strict=True)
+            rows.append(tuple(convert(field) for convert, field in fields))
+    return rows
 
 
 class RunLog:
@@ -75,28 +72,37 @@ class RunLog:
         self.seconds = 0.0
 
     def read(self) -> list[tuple[int, str, float]]:
-        """The complete lines of `log.txt` so far; lines of another form are skipped."""
-        values = []
-        for step, stream, value in read_fields(self.path):
-            with contextlib.suppress(ValueError):
-                values.append((int(step), stream, float(value)))
-        return values
+        """The values in `log.txt` so far."""
+        return read_rows(self.path, (int, str, float)) if self.path.exists() else []
 
     def write(self, step: int, stream: str, value: float) -> None:
         """Appends the value of a step. Raises UserError if it cannot be written."""
-        append(self.path, f"{step} {stream} {value:.6f}\n")
+        self.append(self.path, f"{step} {stream} {value:.6f}\n")
 
     def write_progress(self, step: int, tokens: int, dt_s: float) -> None:
         """tokens: trained on so far; dt_s: seconds that this step took"""
         self.seconds += dt_s
-        append(self.progress_path, f"{step} {tokens} {self.seconds:.3f}\n")
+        self.append(self.progress_path, f"{step} {tokens} {self.seconds:.3f}\n")
+
+    def append(self, path: Path, line: str) -> None:
+        """Adds a line to one of the files. Raises UserError if it cannot be written."""
+        with writing(path), open(path, "a", encoding="utf-8", newline="\n") as file:
+            file.write(line)
 
     def remove_steps(self, step: int) -> None:
-        """Removes what a killed run wrote for `step` and later ones."""
-        remove_steps(self.path, step)
-        remove_steps(self.progress_path, step)
-        with contextlib.suppress(IndexError, ValueError):
-            self.seconds = float(read_fields(self.progress_path)[-1][2])
+        """Removes the lines of `step` and later ones, which the run repeats.
+
+        A line begins with its step; any other complete line stays as it is.
+        """
+        for path in (self.path, self.progress_path):
+            kept = []
+            for line in read_lines(path) if path.exists() else []:
+                first, *_ = line.split(maxsplit=1) or [""]
+                if not first.isdecimal() or int(first) < step:
+                    kept.append(line)
+            replace(path, "".join(kept))
+        for *_, seconds in read_rows(self.progress_path, (int, int, float)):
+            self.seconds = seconds
 
     def best(self, steps) -> int | None:
         """The step among `steps` with the lowest validation loss so far."""
@@ -110,45 +116,39 @@ class Curves:
     A picture that cannot be drawn is reported once and does not stop the run.
     """
 
+    timeout_s = 60  # for one picture
+
     def __init__(self, log_dir: Path):
-        self.log_dir, self.process, self.failed = log_dir, None, False
+        self.log_dir, self.thread, self.failed = log_dir, None, False
 
     def draw(self, wait: bool) -> None:
         """Starts to draw the current log, unless the last picture is still being drawn.
 
-        wait: first wait for the last picture, and then for this one (60 s each at most)
+        wait: first wait for the last picture, and then for this one
         """
-        self.collect(60 if wait else 0)
-        if self.process is None:
-            try:
-                self.process = subprocess.Popen(
-                    [sys.executable, str(ROOT / "plot.py"), str(self.log_dir)],
-                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                    text=True, errors="replace", start_new_session=True,  # ^C is for the run
-                )  # fmt: skip
-            except OSError as error:
-                self.report_failure(error.strerror)
+        if self.thread and wait:
+            self.thread.join()
+        if self.thread is None or not self.thread.is_alive():
+            self.thread = threading.Thread(target=self.run_plot, daemon=True)
+            self.thread.start()
         if wait:
-            self.collect(60)
+            self.thread.join()
 
-    def collect(self, timeout_s: float) -> None:
-        """Waits for the process, so many seconds at most, and reports its first failure."""
-        if self.process is None:
-            return
+    def run_plot(self) -> None:
+        """Runs `plot.py`, and prints why there is no picture, the first time."""
         try:
-            errors = self.process.communicate(timeout=timeout_s)[1].strip()
-        except subprocess.TimeoutExpired:
-            return
-        if self.process.returncode:
-            lines = (errors or f"exit code {self.process.returncode}").splitlines()
-            self.report_failure(lines[-1])
-        self.process = None
-
-    def report_failure(self, reason: str) -> None:
-        """Prints why the picture was not drawn, the first time."""
-        if not self.failed:
+            done = subprocess.run(
+                [sys.executable, str(ROOT / "plot.py"), str(self.log_dir)],
+                stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+                timeout=self.timeout_s, start_new_session=True,  # ^C is for the run
+            )  # fmt: skip
+            code, errors = done.returncode, done.stderr
+        except (OSError, subprocess.TimeoutExpired) as error:
+            code, errors = 1, str(error)
+        if code and not self.failed:
+            self.failed = True
+            reason = (errors.strip() or f"exit code {code}").splitlines()[-1]
             print0(f"{self.log_dir / 'curves.png'}: not drawn ({reason}); the run continues")
-        self.failed = True
 
 
 # -------------------------------------------------------------------------------------------------
@@ -161,55 +161,62 @@ def read_run_json(log_dir: Path, resume: bool) -> dict:
     Raises SettingError if there is one and `resume` is False, if it is damaged, or if the directory
     belongs to another program.
     """
+    from support.checkpoint import list_checkpoints  # imports torch, which plot.py does not need
+
     path, log = log_dir / "run.json", log_dir / "log.txt"
-    checkpoints = list_checkpoints(log_dir)
+    where, checkpoints = f"log_dir={str(log_dir)!r}", list_checkpoints(log_dir)
     if not resume and (path.exists() or log.exists() or checkpoints):
         raise SettingError(
-            f"resume=False: log_dir={str(log_dir)!r} holds a run; choose another --log_dir, or "
-            "omit resume=False to continue it"
+            f"resume=False: {where} holds a run; choose another --log_dir, or omit resume=False to "
+            "continue it"
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or "data" not in content:
+        if "data" not in content or "max_steps" not in content["settings"]:
             raise ValueError("not a description of a run")
-        if "max_steps" not in content.get("settings", {}):
-            raise ValueError("no setting max_steps")
         return content
     except FileNotFoundError:
         if log.exists() and not checkpoints:
             raise SettingError(
-                f"log_dir={str(log_dir)!r}: holds a log.txt but no run.json, so it belongs to "
-                "another program; choose another --log_dir"
+                f"{where}: holds a log.txt but no run.json, so it belongs to another program; "
+                "choose another --log_dir"
             ) from None
         return {}
-    except NotADirectoryError:
-        raise SettingError(
-            f"log_dir={str(log_dir)!r}: not a directory; choose another --log_dir"
-        ) from None
-    except OSError as error:
-        raise SettingError(f"{path}: {error.strerror}; choose another --log_dir") from None
-    except (ValueError, TypeError) as error:
+    except OSError as error:  # log_dir is a file, or may not be read
+        raise SettingError(f"{where}: {error.strerror}; choose another --log_dir") from None
+    except (ValueError, KeyError, TypeError) as error:
         remedy = "remove it to continue this run" if checkpoints else "choose another --log_dir"
         raise SettingError(f"{path}: damaged ({error}); {remedy}") from None
 
 
-def write_run_json(log_dir: Path, content: dict) -> None:
-    """Writes `run.json`: `content`, the versions in use, and the commit of this repository."""
+def describe_software() -> dict:
+    """The versions in use, the commit of this repository, and `changes` to it (None: unknown).
+
+    changes: the first 16 hexadecimal digits of the SHA-256 of `git diff HEAD`; None if it is empty
+    """
     import numpy
     import torch
 
-    try:
-        git = ["git", "-C", str(ROOT), "rev-parse", "--verify", "--quiet", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    except OSError:
-        commit = None
+    def git(*arguments: str) -> bytes:
+        try:
+            return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True).stdout
+        except OSError:  # git is not installed
+            return b""
+
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "cuda": torch.version.cuda,
     }
-    content = content | {"versions": versions, "commit": commit}
+    commit = git("rev-parse", "--verify", "--quiet", "HEAD").decode().strip()
+    diff = git("diff", "HEAD")
+    changes = hashlib.sha256(diff).hexdigest()[:16] if diff else None
+    return {"versions": versions, "commit": commit or None, "changes": changes}
+
+
+def write_run_json(log_dir: Path, content: dict) -> None:
+    """Writes `run.json`. Raises UserError if it cannot be written."""
     replace(log_dir / "run.json", json.dumps(content, indent=2) + "\n")
 
 
@@ -224,10 +231,10 @@ def check_resume(
     """
     where = f"log_dir={str(log_dir)!r} holds a run with"
     before = earlier["settings"]
-    for name in settings:
-        if name not in may_change and settings[name] != before.get(name):
+    for name in settings | before:  # also those that only one of the two has
+        if name not in may_change and settings.get(name) != before.get(name):
             raise SettingError(
-                f"{name}={settings[name]!r}: {where} {name}={before.get(name)!r}; {REMEDY}"
+                f"{name}={settings.get(name)!r}: {where} {name}={before.get(name)!r}; {REMEDY}"
             )
     if settings["max_steps"] < before["max_steps"]:
         raise SettingError(
