@@ -7,11 +7,13 @@ gradient.
     kill_at_event 17             SIGKILL before the 17th change of a file below log_dir
     signal_at_step SIGSTOP 1 5   SIGSTOP to rank 1, when it begins step 5
     signal_in_evaluation SIGTERM 1 4   SIGTERM to rank 1, in the middle of the evaluation at step 4
+    signal_at_end SIGUSR1        a signal after the last step, and another when Python exits
     replace_gradient nan 1 5     a gradient full of NaN in rank 1, at step 5
     record_windows FILE          a line `step rank windows` in FILE for each step
     compile_with eager           torch.compile with another backend, which makes no machine code
 """
 
+import atexit
 import functools
 import os
 import signal
@@ -92,6 +94,19 @@ def signal_in_evaluation(name: str, rank: str, step: str) -> None:
 
     train_gpt2.validation_loss = validation_loss
     train_gpt2.train_loop = train_loop
+
+
+def signal_at_end(name: str) -> None:
+    """Sends a signal when the last line of a finished run is printed, and again at exit."""
+    original, number = train_gpt2.print0, getattr(signal, name)
+
+    def print0(line, **options):
+        original(line, **options)
+        if line.startswith("finished"):
+            os.kill(os.getpid(), number)
+
+    train_gpt2.print0 = print0
+    atexit.register(os.kill, os.getpid(), number)
 
 
 def replace_gradient(value: str, rank: str, step: str) -> None:
