@@ -20,8 +20,6 @@ Source: build-nanogpt's fineweb.py, whose format the shards have.
 import dataclasses
 import errno
 import hashlib
-import importlib.util
-import itertools
 import multiprocessing
 import os
 import re
@@ -42,7 +40,7 @@ from tqdm import tqdm
 from support import cli, hub, text_files, tokenizer
 from support.errors import SettingError, UserError, run_main
 from support.launch import SLURM, TORCHRUN, Launch, print_rank, read_launch
-from support.shard_writer import Counts, Position, ShardDirectory, disk_full_error
+from support.shard_writer import Position, ShardDirectory
 
 # -------------------------------------------------------------------------------------------------
 # Settings: edit the defaults here, or give --name=value
@@ -61,40 +59,31 @@ class Config:
     out: str = ""  # directory of the shards; for FineWeb-Edu sample-10BT edu_fineweb10B
     shard_size: int = 100_000_000  # tokens
     val_tokens: int = 0  # of the val shard; 0: shard_size, or a tenth of less than two shards
-    prefix: str = "edufineweb"  # of the shards' names
     # how
     workers: int = 0  # processes that tokenize; 0: one for each core
     engine: str = "auto"  # gigatoken (fast), tiktoken (the same ids), auto: gigatoken if installed
 
 
-FINEWEB_EDU = {"name": "sample-10BT", "out": "edu_fineweb10B"}
-# The content of the shards does not depend on these. All other settings are recorded in the
-# manifest, and must be the same when a directory is continued. Of local files, names and sizes are
-# compared instead of `source`.
+# Settings that may change when a directory is continued. All others are recorded in the manifest;
+# of local files, names and sizes are compared instead of `source`.
 MAY_CHANGE = ("out", "workers", "engine")
+ENGINES = ("auto", "gigatoken", "tiktoken")
 START_METHOD = "spawn"  # of workers; a fork would copy locks that threads of this process hold
 
 
 def validate_config(config: Config) -> Config:
     """The settings with missing ones filled in. Raises SettingError for one that is not valid."""
-    if config.source == Config.source and config.name in ("", FINEWEB_EDU["name"]):
-        out = config.out or FINEWEB_EDU["out"]
-        config = dataclasses.replace(config, name=FINEWEB_EDU["name"], out=out)
+    if config.source == Config.source and config.name in ("", "sample-10BT"):
+        config = dataclasses.replace(config, name="sample-10BT", out=config.out or "edu_fineweb10B")
     separator = config.separator.replace("\\n", "\n").replace("\\t", "\t")
     config = dataclasses.replace(config, separator=separator)
-
-    prefix, engines = config.prefix, ("auto", "gigatoken", "tiktoken")
-    is_name = prefix and Path(prefix).name == prefix and not prefix.startswith(".")
     checks = (
         ("source", config.source, "name a dataset on the Hub or a local file"),
         ("out", config.out, "name the directory for the shards, --out=mydata"),
-        ("out", os.path.isdir(config.out) or not os.path.exists(config.out), "not a directory"),
         ("shard_size", config.shard_size >= 1, "must be at least 1 token"),
         ("val_tokens", 0 <= config.val_tokens <= config.shard_size, "must be from 0 to shard_size"),
         ("workers", config.workers >= 0, "must be at least 0"),
-        ("engine", config.engine in engines, f"must be one of {', '.join(engines)}"),
-        ("prefix", is_name, "must be the beginning of a file name"),
-        ("prefix", "train" not in prefix and "val" not in prefix, "must not contain train or val"),
+        ("engine", config.engine in ENGINES, f"must be one of {', '.join(ENGINES)}"),
     )
     for setting, valid, remedy in checks:
         if not valid:
@@ -106,53 +95,39 @@ def validate_config(config: Config) -> Config:
 # Sources: local files or a dataset on the Hub
 
 
-class LocalFiles(list):
-    """Paths of local files, with the interface of `hub.Downloads`."""
-
-    get = list.__getitem__
-
-    def is_ready(self, index: int) -> bool:
-        return True
-
-    def remove_before(self, index: int) -> None:
-        pass
-
-
 def share_of_rank(files: list, launch: Launch) -> list:
     """A rank's run of consecutive files. Rank 0, which writes `val`, has some if any rank has."""
-    count, world_size = len(files), launch.world_size
-    start, stop = (-(-count * rank // world_size) for rank in (launch.rank, launch.rank + 1))
-    return files[start:stop]
+    return [files[i] for i in np.array_split(range(len(files)), launch.world_size)[launch.rank]]
 
 
 def open_sources(config: Config, launch: Launch, local: list[Path] | None, shards: ShardDirectory):
-    """The files of this rank, which are recorded in the manifest or compared with those in it."""
-    if local is not None:
-        return open_local_files(config, local, share_of_rank(local, launch), shards)
-    require("datasets", "huggingface_hub")
-    if not shards.load():
-        commit, files = hub.list_files(config.source, config.name, shards.commit)
-        if unknown := [f["file"] for f in files if not text_files.find_format(f["file"])]:
-            raise UserError(
-                f"source={config.source!r}: {unknown[0]} is of an unknown kind; choose a dataset "
-                "of parquet, jsonl or txt files"
-            )
-        shards.begin(share_of_rank(files, launch), hash_names(f["file"] for f in files), commit)
-    commit, files = shards.manifest["commit"], shards.manifest["sources"]
-    return hub.Downloads(config.source, commit, files, shards.downloads)
+    """The files of this rank, which are recorded in the manifest or compared with those in it.
 
-
-def open_local_files(config: Config, files: list[Path], share: list[Path], shards: ShardDirectory):
-    """`open_sources` of local files. files: of all ranks; share: of this one"""
-    sources, names = [text_files.describe_file(file) for file in share], hash_names(files)
-    if shards.load():
+    local: of all ranks; None if `source` names a dataset on the Hub
+    """
+    begun = shards.load()
+    if local is None:
+        if not begun:
+            commit, files = hub.list_files(config.source, config.name, shards.commit)
+            if unknown := [f["file"] for f in files if not text_files.find_format(f["file"])]:
+                raise UserError(
+                    f"source={config.source!r}: {unknown[0]} is of an unknown kind; choose a "
+                    "dataset of parquet, jsonl or txt files"
+                )
+            names = hash_names(file["file"] for file in files)
+            shards.begin(share_of_rank(files, launch), names, commit)
+        commit, files = shards.manifest["commit"], shards.manifest["sources"]
+        return hub.Downloads(config.source, commit, files, shards.downloads)
+    share, names = share_of_rank(local, launch), hash_names(local)
+    sources = [text_files.describe_file(file) for file in share]
+    if begun:
         shards.validate_sources(sources, names)
     else:
         for file in share:  # an unreadable file is reported before hours of work
             if text_files.find_format(file.name)[0] == "parquet":
                 text_files.open_parquet(file, config.text_column).close()
         shards.begin(sources, names, None)
-    return LocalFiles(share)
+    return share
 
 
 def hash_names(files) -> str:
@@ -162,13 +137,11 @@ def hash_names(files) -> str:
 
 
 def read_pieces(files, count: int, position: Position, config: Config):
-    """Yields the pieces of `count` files from a position on, and None before each wait for one."""
+    """Yields the pieces of `count` files from a position on."""
     for index in range(position.file, count):
-        if not files.is_ready(index):
-            yield None
-        path, start = files.get(index), position.start if index == position.file else 0
+        start = position.start if index == position.file else 0
         yield from text_files.split_into_pieces(
-            path, index, start, config.text_column, config.separator
+            files[index], index, start, config.text_column, config.separator
         )
 
 
@@ -177,72 +150,66 @@ def read_pieces(files, count: int, position: Position, config: Config):
 
 
 def start_workers(pool, count: int) -> None:
-    """Starts the processes with SIGINT ignored: ^C is for the main process to handle."""
-    interrupts = []  # they inherit the mask of the main thread, which must miss no signal meanwhile
-    handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
-    can_block = hasattr(signal, "pthread_sigmask")  # not on Windows
-    if can_block:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Starts the processes, which inherit that SIGINT is ignored: ^C is for the main process."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         for _ in range(count):
             pool.submit(int)
     finally:
-        if can_block:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         signal.signal(signal.SIGINT, handler)
-    if interrupts:
-        raise KeyboardInterrupt
 
 
 def initialize_worker(engine: str) -> None:
     """Creates a worker's tokenizers, and makes it exit when its parent does."""
-    global encode, encode_plain
+    global encode
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    encode_plain = tokenizer.get_encoder("tiktoken")
     encode = tokenizer.get_encoder(engine)
 
 
-def tokenize(read: tuple) -> tuple[np.ndarray, Counts]:
-    """(uint16 tokens, counts) of a piece. Raises UserError if it cannot be read.
+def tokenize(begins: bool, read: tuple) -> tuple[np.ndarray, tuple]:
+    """(uint16 tokens, COUNTS of `support.shard_writer`) of a piece of text.
 
-    read: as in `text_files.Piece`. The first document is also encoded by tiktoken, to compare.
+    begins, read: as in `text_files.Piece`. The first document is also encoded by tiktoken, to
+    compare. Raises UserError if the piece cannot be read.
     """
     function, *arguments = read
-    texts, begins, replaced = function(*arguments)
-    end_of_text = np.array([tokenizer.END_OF_TEXT_ID], dtype=np.uint16)
+    texts = function(*arguments)
     documents = [tokenizer.valid_text(text) for text in texts if text is not None]
-    parts = [end_of_text[:0]]
-    for text in documents:
-        parts += [end_of_text, encode(text)]
     first = documents[0][:50_000] if documents else ""
-    if not np.array_equal(encode(first), encode_plain(first)):
+    if not np.array_equal(encode(first), tokenizer.encode_plain(first)):
         raise UserError(
             f"engine: gigatoken's ids differ from tiktoken's in the document {first[:60]!r}...; "
             "none of it was written; continue with --engine=tiktoken"
         )
+    end_of_text = np.array([tokenizer.END_OF_TEXT_ID], dtype=np.uint16)
+    parts = [end_of_text[:0]]
+    for text in documents:
+        parts += [end_of_text, encode(text)]
     if not begins:
         del parts[1]
     tokens = np.concatenate(parts, dtype=np.uint16, casting="same_kind")
-    return tokens, Counts(len(documents) * begins, len(texts) - len(documents), replaced)
+    replaced = sum("\ufffd" in text for text in documents)
+    return tokens, (len(documents) * begins, len(texts) - len(documents), replaced)
 
 
 def tokenize_in_order(pool, pieces, window: int):
     """Yields (piece, tokens, counts) in order, with at most `window` pieces in progress."""
     pending = deque()
-    for piece in itertools.chain(pieces, [None]):  # None: first yields all that is in progress
-        if piece is not None:
-            pending.append((piece, pool.submit(tokenize, piece.read)))
-        while pending and (piece is None or len(pending) > window):
+    for piece in pieces:
+        pending.append((piece, pool.submit(tokenize, piece.begins, piece.read)))
+        if len(pending) > window:
             first, future = pending.popleft()
             yield first, *future.result()
+    for first, future in pending:
+        yield first, *future.result()
 
 
 def count_workers(config: Config, launch: Launch) -> int:
     """The number of workers: the setting, or this rank's part of the cores it may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    cores = len(affinity(0))  # macOS and Windows have no affinity
     return config.workers or max(1, cores // launch.local_world_size)
 
 
@@ -250,124 +217,59 @@ def count_workers(config: Config, launch: Launch) -> int:
 # Writing the shards of this rank
 
 
-class Progress:
-    """A progress bar of tokens, whose total is estimated from the share of the sources read."""
-
-    def __init__(self, expected: float, tokens: int, sources: list[dict], enabled: bool):
-        self.bytes = np.cumsum([0] + [source["bytes"] for source in sources])
-        self.bar = tqdm(
-            total=max(int(expected), tokens), initial=tokens, unit=" tokens", unit_scale=True,
-            mininterval=0.5 if sys.stderr.isatty() else 30, disable=not enabled,
-            dynamic_ncols=True,
-        )  # fmt: skip
-
-    def update(self, tokens: int, piece, documents: int, shard: int) -> None:
-        """tokens: new, from `piece`; documents: up to its end; shard: the number of the open one"""
-        size = self.bytes[piece.file + 1] - self.bytes[piece.file]
-        done = (self.bytes[piece.file] + piece.done * size) / max(1, self.bytes[-1])
-        if done > 0.01:
-            self.bar.total = max(int((self.bar.n + tokens) / done), self.bar.n + tokens)
-        self.bar.set_postfix_str(f"{documents:,} documents, shard {shard}", refresh=False)
-        self.bar.update(tokens)
-
-
-def write_shards_from(
-    number: int, shards: ShardDirectory, pool, files, config: Config, window: int, progress
-) -> None:
-    """Writes shard `number` and the following ones, up to one that is there or to the end."""
-    position = shards.open_shard(number, shards.start_of(number)).position
-    pieces = read_pieces(files, len(shards.manifest["sources"]), position, config)
-    for piece, tokens, counts in tokenize_in_order(pool, pieces, window):
-        number, (_, _, skip, before) = shards.shard.number, shards.shard.position
-        progress.update(len(tokens) - skip, piece, before.documents + counts.documents, number)
-        if not shards.write_piece(piece.file, piece.start, piece.stop, tokens, counts):
-            return
-        files.remove_before(shards.start_of(shards.shard.number).file)
-    shards.finish()
-
-
-def print_estimate(shards: ShardDirectory, config: Config) -> float:
+def print_estimate(shards: ShardDirectory) -> float:
     """Prints the size of the work and the disk space it needs. Returns the tokens to expect."""
     units, sources = tqdm.format_sizeof, shards.manifest["sources"]
     sizes = [source["bytes"] for source in sources]
-    expected = sum(
-        text_files.estimate_tokens(source["file"], source["bytes"]) for source in sources
-    )
-    small = expected < 2 * config.shard_size and not config.val_tokens
-    needed = max(0.0, 2 * (expected - shards.tokens)) * (2 if small else 1)  # split_small_text
+    expected = sum(map(text_files.estimate_tokens, sources))
+    needed = max(0.0, 2 * (expected - shards.tokens))
     if shards.manifest["commit"]:  # downloads: a file that the open shard began in, and the next
         needed += sum(sorted(sizes)[-hub.AHEAD - 1 :])
     free = shutil.disk_usage(shards.directory).free
     print_rank(
         f"{shards.directory}: {len(sources)} files of {units(sum(sizes))}B, about "
         f"{units(expected)} tokens; needs about {units(needed)}B of disk, {units(free)}B are free"
-        f"{'' if free > needed else ': probably too little'}"
-        + f"; continuing after {shards.tokens:,} tokens"
-        * (shards.tokens > 0)
+        + ": probably too little" * (free <= needed)
+        + f"; continuing after {shards.tokens:,} tokens" * (shards.tokens > 0)
     )
     return expected
 
 
-def write_missing_shards(config: Config, launch: Launch, shards: ShardDirectory, files) -> None:
-    """Writes all shards of this rank that are missing."""
+def write_shards(config: Config, launch: Launch, shards: ShardDirectory, files) -> None:
+    """Writes the shards of this rank from the current position to the end of the sources."""
     tokenizer.get_encoder(config.engine)  # raises once what each worker would raise
-    expected = print_estimate(shards, config)
+    progress = tqdm(
+        total=int(print_estimate(shards)), initial=shards.tokens, unit=" tokens", unit_scale=True,
+        mininterval=0.5 if sys.stderr.isatty() else 30, disable=launch.rank > 0,
+    )  # fmt: skip
     context, workers = multiprocessing.get_context(START_METHOD), count_workers(config, launch)
     pool = ProcessPoolExecutor(workers, context, initialize_worker, (config.engine,))
-    progress = Progress(expected, shards.tokens, shards.manifest["sources"], launch.rank == 0)
     try:
         start_workers(pool, workers)
-        while (number := shards.next_missing()) is not None:
-            write_shards_from(number, shards, pool, files, config, 2 * workers + 2, progress)
+        pieces = read_pieces(files, len(shards.manifest["sources"]), shards.position, config)
+        for piece, tokens, counts in tokenize_in_order(pool, pieces, 2 * workers + 2):
+            progress.update(len(tokens) - shards.position.skip)
+            shards.write_piece(piece, tokens, counts)
+            progress.set_postfix_str(f"{shards.position.documents:,} documents", refresh=False)
+            if isinstance(files, hub.Downloads):
+                files.remove_before(shards.recorded.file)
+        shards.finish()
     except BrokenProcessPool:
         raise UserError(
             "workers: a process that tokenizes died, perhaps for lack of memory; run the same "
             "command again, with fewer --workers if needed; it continues after the last shard"
         ) from None
     finally:
-        shards.discard()
-        progress.bar.close()
+        progress.close()
         pool.shutdown(cancel_futures=True)
-    shards.split_small_text()
 
 
 # -------------------------------------------------------------------------------------------------
 # The command
 
 
-def format_result(shards: ShardDirectory, merged: bool, seconds: float, tokens: int | None) -> str:
-    """The last line: what the directory holds.
-
-    tokens: written by this process; None if the directory was finished before
-    """
-    entries, counts = shards.manifest["shards"], Counts(*shards.manifest["counts"])
-    val = sum(shard["tokens"] for shard in entries if shard["split"] == "val")
-    line = f"{shards.directory}: {'finished already' if tokens is None else 'done'}: "
-    line += f"{len(entries)} shards, {shards.tokens:,} tokens ({val:,} of them val), "
-    line += f"{counts.documents:,} documents"
-    if counts.nulls:
-        line += f", {counts.nulls:,} nulls left out"
-    if counts.replaced:
-        line += f", {counts.replaced:,} pieces of text with invalid UTF-8"
-    if tokens is not None:
-        line += f"; {seconds:,.0f} s, {tokens / seconds / 1e6:.2f} M tokens/s"
-    if not merged:
-        line += "; the last rank to finish writes manifest.json"
-    return line
-
-
-def require(*packages: str) -> None:
-    """Raises SettingError for the first package that is not installed."""
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise SettingError(f"{package}: not installed; pip install -r requirements.txt")
-
-
 def find_sources(config: Config) -> list[Path] | None:
-    """The local files of `source`; None if it names a dataset on the Hub.
-
-    Raises UserError if it is neither.
-    """
+    """The local files of `source`; None if it is on the Hub. Raises UserError if it is neither."""
     local = text_files.find_files(config.source, Path(config.out))
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", config.source)
     if local is None and (not on_hub or text_files.find_format(config.source)):
@@ -380,25 +282,26 @@ def find_sources(config: Config) -> list[Path] | None:
 
 def build(config: Config, launch: Launch) -> None:
     """Writes the shards of this rank and prints the result."""
-    require("filelock", "pyarrow", "tiktoken", "tqdm")
-    from filelock import FileLock, Timeout
-
-    out, local = Path(config.out), find_sources(config)
+    out = Path(config.out)
     try:
+        from filelock import FileLock, Timeout
+
+        local = find_sources(config)
         out.mkdir(parents=True, exist_ok=True)
         with FileLock(out / f".lock_{launch.rank:05d}", timeout=10):
             result = write_directory(config, launch, local)
-    except Timeout:
-        raise UserError(
-            f"out={config.out!r}: another process is writing there; wait for it, or choose another "
-            "--out"
-        ) from None
+    except ModuleNotFoundError as error:
+        raise SettingError(f"{error.name}: not installed; pip install {error.name}") from None
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise disk_full_error(out) from None
+        if isinstance(error, Timeout):
+            reason = "another process is writing there; wait"
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = "the disk is full; make room"
+        else:
+            reason = f"{error.strerror or error}; fix that"
         raise UserError(
-            f"{error.filename or out}: {error.strerror or error}; fix that and run the same "
-            "command again, or choose another --out"
+            f"{error.filename or config.out}: {reason} and run the same command again, or choose "
+            "another --out"
         ) from None
     print(result, flush=True)
 
@@ -411,14 +314,21 @@ def write_directory(config: Config, launch: Launch, local: list[Path] | None) ->
     shards = ShardDirectory(Path(config.out), settings, launch.rank, launch.world_size)
     files = open_sources(config, launch, local, shards)
     shards.verify()
-    before, finished = shards.tokens, shards.next_missing() is None and not shards.partial.exists()
+    before, finished = shards.tokens, "totals" in shards.manifest
     if not finished:
-        write_missing_shards(config, launch, shards, files)
-        shards.close()
+        write_shards(config, launch, shards, files)
     shutil.rmtree(shards.downloads, ignore_errors=True)
-    merged = shards.merge()
-    tokens = None if finished else shards.tokens - before
-    return format_result(shards, merged, time.monotonic() - start, tokens)
+    totals, seconds = shards.manifest["totals"], time.monotonic() - start
+    result = (
+        f"{config.out}: {'finished already' if finished else 'done'}: "
+        f"{len(shards.manifest['shards'])} shards, {shards.tokens:,} tokens "
+        f"({totals['val_tokens']:,} of them val), {totals['documents']:,} documents, "
+        f"{totals['nulls']:,} nulls left out, {totals['replaced']:,} texts with U+FFFD"
+    )
+    if not finished:
+        speed = (shards.tokens - before) / seconds / 1e6
+        result += f"; {seconds:,.0f} s, {speed:.2f} M tokens/s"
+    return result + "; the last rank to finish writes manifest.json" * (not shards.merge())
 
 
 def main() -> int:

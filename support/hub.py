@@ -7,11 +7,9 @@ module retries what they do not: 5xx, and files that arrive incomplete or altere
 
 import errno
 import json
-import math
 import tempfile
-import threading
 import time
-from concurrent.futures import Future
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from support.errors import UserError
@@ -22,6 +20,9 @@ AHEAD = 3  # files in use or on their way at a time, beside the earlier ones of 
 TRIES = 10  # of a file, 1, 2, 4, ... and at most 60 seconds apart: four minutes of waiting in all
 LISTING_S = 20  # after which a failed listing is not tried again, unless the Hub asks for that
 SILENCE_S = 30  # to wait for an answer; `huggingface_hub` has no limit
+NO_ACCESS = (
+    "not on the Hub, or no access to it; check its name, accept its terms on the Hub, set HF_TOKEN"
+)
 
 
 def list_files(dataset: str, name: str, commit: str | None) -> tuple[str, list[dict]]:
@@ -53,8 +54,7 @@ def list_files(dataset: str, name: str, commit: str | None) -> tuple[str, list[d
             files.append({"file": path, "bytes": info["size"], "sha256": digest})
         return hub.resolve_path(splits["train"][0]).revision, files
 
-    described = f"source={dataset!r}" + f", name={name!r}" * bool(name)
-    return retry(described, attempt, LISTING_S)
+    return retry(f"source={dataset!r}" + f", name={name!r}" * bool(name), attempt, LISTING_S)
 
 
 def _limit_silence(request) -> None:
@@ -74,22 +74,15 @@ class Downloads:
 
         disable_progress_bars()
         self.dataset, self.commit, self.files = dataset, commit, files
-        self.directory, self.futures = directory, {}
+        self.directory, self.results = directory, {}
+        self.threads = ThreadPool(AHEAD)  # which end with the process, whatever they wait for
 
-    def _start(self, index: int) -> Future:
-        """Starts the download of file `index`, which it returns, and of the next ones."""
+    def __getitem__(self, index: int) -> Path:
+        """The local path of file `index`, after waiting for it if needed. Starts the next ones."""
         for i in range(index, min(index + AHEAD, len(self.files))):
-            if i not in self.futures:
-                self.futures[i] = _run_in_thread(self._download, self.files[i])
-        return self.futures[index]
-
-    def is_ready(self, index: int) -> bool:
-        """Whether `get` returns at once."""
-        return self._start(index).done()
-
-    def get(self, index: int) -> Path:
-        """The local path of file `index`, after waiting for it if needed."""
-        return self._start(index).result()
+            if i not in self.results:
+                self.results[i] = self.threads.apply_async(self._download, (self.files[i],))
+        return self.results[index].get()
 
     def _download(self, file: dict) -> Path:
         """The local path of a file when it is here and intact."""
@@ -113,26 +106,12 @@ class Downloads:
 
     def remove_before(self, index: int) -> None:
         """Removes the files before number `index`, which are not needed any more."""
-        for i in [i for i in self.futures if i < index]:
-            self.futures.pop(i)
+        for i in [i for i in self.results if i < index]:
+            self.results.pop(i)
             (self.directory / self.files[i]["file"]).unlink(missing_ok=True)
 
 
-def _run_in_thread(function, *arguments) -> Future:
-    """The future result of a call. Its thread ends with the process, whatever it waits for."""
-
-    def run():
-        try:
-            future.set_result(function(*arguments))
-        except BaseException as error:
-            future.set_exception(error)
-
-    future = Future()
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-def retry(described: str, action, limit_s: float = math.inf):
+def retry(described: str, action, limit_s: float = float("inf")):
     """The result of `action()`, which is repeated after temporary errors.
 
     described: the beginning of the messages
@@ -147,16 +126,16 @@ def retry(described: str, action, limit_s: float = math.inf):
             raise
         except Exception as error:
             reason, wait = classify_error(error)
-            if wait is None:
-                raise UserError(f"{described}: {reason}") from None
-            if attempt == TRIES or (not wait and time.monotonic() - start > limit_s):
-                raise UserError(
-                    f"{described}: {reason}; stopped after {attempt} attempts; run the same "
-                    "command again to continue after the last finished shard"
-                ) from None
-            wait = max(wait, min(60, 2 ** (attempt - 1)))
-            print_rank(f"{described}: {reason}; trying again in {wait:.0f} s")
-            time.sleep(wait)
+        if wait is None:
+            raise UserError(f"{described}: {reason}")
+        if attempt == TRIES or (not wait and time.monotonic() - start > limit_s):
+            raise UserError(
+                f"{described}: {reason}; stopped after {attempt} attempts; run the same command "
+                "again to continue after the last finished shard"
+            )
+        wait = max(wait, min(60, 2 ** (attempt - 1)))
+        print_rank(f"{described}: {reason}; trying again in {wait:.0f} s")
+        time.sleep(wait)
 
 
 def classify_error(error: Exception) -> tuple[str, float | None]:
@@ -164,53 +143,36 @@ def classify_error(error: Exception) -> tuple[str, float | None]:
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
         causes.append(cause)
+    words = " ".join(f"{type(cause).__name__}: {cause}" for cause in causes)
+    disk_full = any(getattr(c, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for c in causes)
+    if disk_full or "(os error 28)" in words:  # hf_xet's words for it
+        return "the disk is full; make room and run the same command again", None
+    if "OfflineModeIsEnabled" in words:
+        return "not on this machine, and HF_HUB_OFFLINE forbids to download it; unset it", None
     for cause in causes:
-        disk_full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if disk_full or "(os error 28)" in str(cause):  # hf_xet's words for it
-            return "the disk is full; make room and run the same command again", None
-        # `datasets` keeps only the name of this exception.
-        if "OfflineModeIsEnabled" in f"{type(cause).__name__} {cause}":
-            return "not on this machine, and HF_HUB_OFFLINE forbids to download it; unset it", None
-        if (response := getattr(cause, "response", None)) is not None:
-            if response.status_code == 404 and cause is not error:
-                continue  # `datasets` asks for optional files, and finds out that way
+        response = getattr(cause, "response", None)
+        # `datasets` asks for optional files, and finds out by a 404 that they are not there.
+        if response is not None and (response.status_code != 404 or cause is error):
             return _classify_response(response)
-        if type(cause).__module__.startswith("httpx"):
-            return f"no answer from the Hub ({cause}); check the network", 0
-    if type(error).__name__ == "DatasetNotFoundError":
-        return _no_access(), None
     reason = " ".join(str(error).split()) or type(error).__name__
+    # `datasets` and `huggingface_hub` raise FileNotFoundError for what is not on the Hub.
+    # JSONDecodeError: a network that wants a login answers in the place of the Hub.
+    of_file = isinstance(error, FileNotFoundError) or getattr(error, "filename", None)
+    of_network = isinstance(error, OSError | json.JSONDecodeError) and not of_file
+    if of_network or any(type(cause).__module__.startswith("httpx") for cause in causes):
+        return f"no valid answer from the Hub ({reason}); check the network", 0
+    if type(error).__name__ == "DatasetNotFoundError":
+        return NO_ACCESS, None
     if reason.startswith(("BuilderConfig ", "Config name is missing")):
         return f"{reason.split(' Example of usage')[0]}; choose one with --name", None
-    # `datasets` says why it cannot read a dataset.
-    of_datasets = type(error).__module__.startswith("datasets.") or type(error) is FileNotFoundError
-    of_network = isinstance(error, OSError) and not error.filename and not of_datasets
-    # JSONDecodeError: a network that wants a login answers in the place of the Hub.
-    if of_network or isinstance(error, json.JSONDecodeError):
-        return f"no valid answer from the Hub ({reason}); check the network", 0
     return reason, None
 
 
 def _classify_response(response) -> tuple[str, float | None]:
     """`classify_error` of an HTTP response."""
-    from huggingface_hub.constants import ENDPOINT
-
-    status, headers = response.status_code, response.headers
-    from_hub = str(response.request.url).startswith(ENDPOINT) or "x-error-code" in headers
-    if status == 403 and not from_hub:
-        return "the address of the file expired (HTTP 403)", 0  # each attempt asks for a new one
-    if status in (408, 416, 429) or status >= 500:
-        after = headers.get("retry-after", "")
+    status, after = response.status_code, response.headers.get("retry-after", "")
+    # A file's address expires with a 403 of the storage, and each attempt asks for a new one.
+    expired = status == 403 and "x-error-code" not in response.headers
+    if status in (408, 416, 429) or status >= 500 or expired:
         return f"HTTP {status} from the Hub", float(after) if after.isdigit() else 0
-    return f"{_no_access()} (HTTP {status})", None
-
-
-def _no_access() -> str:
-    """The reason and the remedies if the Hub refuses a dataset or a file."""
-    from huggingface_hub import get_token
-
-    token = "the given HF_TOKEN" if get_token() else "no HF_TOKEN"
-    return (
-        f"not on the Hub, or no access to it with {token}; check its name, accept its terms on the "
-        "Hub, set HF_TOKEN"
-    )
+    return f"{NO_ACCESS} (HTTP {status})", None

@@ -1,14 +1,15 @@
-"""Writing a directory of token shards so that a kill at any instant loses no finished shard.
+"""Writing a directory of token shards so that a kill at any instant loses no recorded shard.
 
-A shard is filled under a hidden name and renamed when it is full. `manifest.partial.json` lists the
-finished shards, with the position in the sources after each; at the end it becomes `manifest.json`.
-Several ranks have a manifest each, `manifest_NNNNN.json`, and the last one to finish merges them.
+The tokens of a shard are collected in memory, then written to a file that is renamed when it is
+complete. `manifest.partial.json` lists the shards, with the position in the sources after each; at
+the end it becomes `manifest.json`. Several ranks have a manifest each, `manifest_NNNNN.json`, and
+the last one to finish merges them.
 """
 
+import errno
 import json
-import os
-import re
 import shutil
+from collections import deque
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,113 +17,65 @@ import numpy as np
 
 from support import tokenizer
 from support.errors import UserError
-from support.files import partial_path, sha256, sync, write_text
+from support.files import replacing, sha256, write_text
 from support.launch import print_rank
 from support.shards import (
     MANIFEST,
     MANIFEST_ERRORS,
     SUFFIXES,
     find_intact,
-    is_intact,
     manifest_error,
     validate_entries,
 )
 
-HEADER_BYTES = 128  # of the header that `numpy.save` writes for an array of any length
-
-
-class Counts(NamedTuple):
-    """Documents, nulls (which are not documents), and pieces of text with invalid UTF-8."""
-
-    documents: int = 0
-    nulls: int = 0
-    replaced: int = 0
+PREFIX = "edufineweb"  # of the names of the shards, as in build-nanogpt
 
 
 class Position(NamedTuple):
     """A position in the stream of tokens: `skip` tokens into the piece of text that begins at
-    `start` (a row or byte) of file number `file`. counts: of what comes before that piece."""
+    `start` (a row or byte) of file number `file`. COUNTS are those of what comes before that piece.
+    """
 
     file: int = 0
     start: int = 0
     skip: int = 0
-    counts: Counts = Counts()
+    documents: int = 0
+    nulls: int = 0  # in a column; they are not documents
+    replaced: int = 0  # texts with U+FFFD, as for invalid UTF-8
 
 
-def disk_full_error(directory: Path) -> UserError:
-    """The error to raise if the disk is full."""
-    free = shutil.disk_usage(directory).free
-    return UserError(
-        f"out={str(directory)!r}: the disk is full ({free:,} bytes left); make room and run the "
-        "same command again, which continues after the last finished shard"
-    )
+COUNTS = Position._fields[3:]
 
 
-class ShardWriter:
-    """A shard that is being filled, under its hidden name.
-
-    number: of the shard within its rank, from 0; capacity: tokens when it is full
-    position: after its last token; None after `ShardDirectory.split_small_text`
-    """
-
-    def __init__(
-        self, path: Path, split: str, number: int, capacity: int, position: Position | None
-    ):
-        self.path, self.split, self.number, self.capacity = path, split, number, capacity
-        self.position, self.tokens = position, 0
-        self.file = open(partial_path(path), "wb")
-        self.file.seek(HEADER_BYTES)
-
-    def write(self, tokens: np.ndarray) -> None:
-        """Appends uint16 tokens.
-
-        Raises UserError, before it writes, if that would touch the last hundredth of the disk (at
-        most 1 GiB of it), which the manifest may need.
-        """
-        disk = shutil.disk_usage(self.path.parent)
-        # Some network file systems report no blocks at all.
-        if disk.total and disk.free - tokens.nbytes < min(disk.total // 100, 1 << 30):
-            raise disk_full_error(self.path.parent)
-        self.file.write(tokens.astype("<u2", copy=False).data)
-        self.tokens += len(tokens)
-
-    def finish(self) -> dict:
-        """Completes the file under its hidden name. Returns its entry in the manifest."""
-        self.file.seek(0)
-        header = {"descr": "<u2", "fortran_order": False, "shape": (self.tokens,)}
-        np.lib.format.write_array_header_1_0(self.file, header)
-        self.file.close()
-        sync(partial_path(self.path))
-        return {
-            "file": self.path.name,
-            "split": self.split,
-            "tokens": self.tokens,
-            "bytes": HEADER_BYTES + 2 * self.tokens,
-            "sha256": sha256(partial_path(self.path)),
-            "place": self.position,
-        }
-
-    def publish(self) -> None:
-        """Renames the finished file to its final name."""
-        os.replace(partial_path(self.path), self.path)
-        sync(self.path.parent)
+def write_shard(path: Path, parts: list[np.ndarray]) -> dict:
+    """Writes uint16 tokens as a `.npy` shard. Returns its name, tokens, bytes and SHA-256."""
+    count = sum(map(len, parts))
+    with replacing(path) as partial:
+        with open(partial, "wb") as file:
+            header = {"descr": "<u2", "fortran_order": False, "shape": (count,)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in parts:
+                file.write(part.astype("<u2", copy=False).data)
+        size, digest = partial.stat().st_size, sha256(partial)
+    return {"file": path.name, "tokens": count, "bytes": size, "sha256": digest}
 
 
 class ShardDirectory:
     """The shards of one rank in a directory, and its manifest.
 
-    settings: those that the content of the shards depends on, with shard_size, val_tokens, prefix
+    settings: those that the content of the shards depends on, with shard_size and val_tokens
     """
 
     def __init__(self, directory: Path, settings: dict, rank: int, world_size: int):
-        self.directory, self.settings = directory, settings
+        self.directory, self.settings = directory, settings | {"WORLD_SIZE": world_size}
         self.rank, self.world_size = rank, world_size
         self.path = directory / (MANIFEST if world_size == 1 else f"manifest_{rank:05d}.json")
         self.partial = self.path.with_suffix(".partial.json")
         self.downloads = directory / f".downloads_{rank:05d}"  # of sources on the Hub
         self.manifest = {}
-        self.shard = None  # the ShardWriter of the shard that is being filled
-        self.verified = set()  # numbers of the shards that are known to be intact
+        self.position = Position()  # after the last token of `pending`
+        self.pending = deque()  # (position, tokens from it on, position after them)
+        self.pending_tokens = 0
         self.commit = None  # of the dataset on the Hub, if any rank has begun
 
     def begin(self, sources: list[dict], source_names: str, commit: str | None) -> None:
@@ -134,15 +87,11 @@ class ShardDirectory:
         self.manifest = {
             "settings": self.settings,
             "tokenizer": {"name": "gpt2", "sha256": tokenizer.RANKS_SHA256},
-            "rank": self.rank,
-            "world_size": self.world_size,
             "source_names": source_names,
             "commit": commit,
             "sources": sources,
             "shards": [],
-            "complete": False,  # whether the end of the sources was reached
-            "counts": Counts(),
-        }
+        }  # and "totals", if the end of the sources was reached
 
     def load(self) -> bool:
         """Loads the manifest of an earlier process. Returns False if there is none.
@@ -150,200 +99,157 @@ class ShardDirectory:
         Raises UserError if the directory holds shards of other settings, of another number of
         ranks, or of another program.
         """
-        paths = self.directory.glob("manifest*.json")
-        for path in sorted(paths, key=lambda path: path != self.partial):
+        for path in sorted(self.directory.glob("manifest*.json"), key=lambda p: p != self.partial):
             try:
                 manifest = json.loads(path.read_text(encoding="utf-8"))
                 self.commit = manifest["commit"]
-                self._validate_same_run(manifest["settings"], manifest["world_size"])
+                changed = [n for n, v in self.settings.items() if manifest["settings"][n] != v]
                 if path in (self.partial, self.path) and not self.manifest:
-                    self.manifest = {"complete": True} | manifest
+                    self.manifest = manifest
                     self._validate_manifest()
             except FileNotFoundError:
                 continue  # another rank has just finished
             except MANIFEST_ERRORS as error:
                 raise manifest_error(path, error) from None
-        if not self.manifest:
-            self._validate_no_other_shards()
-        return bool(self.manifest)
-
-    def _validate_same_run(self, settings: dict, world_size: int) -> None:
-        """Raises UserError if a manifest here has other settings or another number of ranks."""
-        before = settings | {"WORLD_SIZE": world_size}
-        for name, value in (self.settings | {"WORLD_SIZE": self.world_size}).items():
-            if before[name] != value:
+            if changed:
+                name = changed[0]
                 raise UserError(
-                    f"{name}={value!r}: out={str(self.directory)!r} was begun with "
-                    f"{name}={before[name]!r}; use that value to continue, or choose another --out"
+                    f"{name}={self.settings[name]!r}: out={str(self.directory)!r} was begun with "
+                    f"{name}={manifest['settings'][name]!r}; use that value to continue, or choose "
+                    "another --out"
                 )
-
-    def _validate_no_other_shards(self) -> None:
-        """Raises UserError for a shard that no manifest lists, unless it is another rank's."""
-        name = re.escape(self.settings["prefix"]) + r"_(train|val)_\d{5}_\d{6}\.npy"
-        for file in sorted(self.directory.iterdir()):
-            of_rank = self.world_size > 1 and re.fullmatch(name, file.name)
+        for file in [] if self.manifest else sorted(self.directory.iterdir()):
+            of_rank = self.world_size > 1 and file.match(f"{PREFIX}_*_?????_??????.npy")
             if file.suffix in SUFFIXES and not of_rank:
                 raise UserError(f"{file}: not listed in a {MANIFEST}; choose another --out")
+        return bool(self.manifest)
 
     def _validate_manifest(self) -> None:
-        """Raises one of MANIFEST_ERRORS if the loaded manifest is not valid."""
+        """Raises one of MANIFEST_ERRORS if a key is missing in the manifest or has another type."""
         validate_entries(self.manifest["shards"])
-        for number in range(len(self.manifest["shards"]) + 1):
-            self.start_of(number)
-        Counts(*self.manifest["counts"])
-        for source in self.manifest["sources"]:
-            if type(source["file"]) is not str or type(source["bytes"]) is not int:
-                raise TypeError(f"a source is {source!r}")
+        for shard in self.manifest["shards"]:
+            sum(Position(*shard["place"]))
+        if "totals" in self.manifest:
+            sum(self.manifest["totals"][name] for name in COUNTS)
+        "".join(source["file"] for source in self.manifest["sources"])
+        sum(source["bytes"] for source in self.manifest["sources"])
 
     def validate_sources(self, sources: list[dict], source_names: str) -> None:
         """Raises UserError if the files are others, or if one that was used has changed since."""
         out, manifest = f"out={str(self.directory)!r}", self.manifest
         if source_names != manifest["source_names"]:
             raise UserError(f"source: other files than {out} was begun with; choose another --out")
-        count = len(manifest["shards"])
-        used = len(sources) if manifest["complete"] else self.start_of(count).file + (count > 0)
-        for source, before in zip(sources[:used], manifest["sources"]):
-            if source != before:
-                name = source["file"]
-                raise UserError(f"{name}: changed since {out} was begun; choose another --out")
+        used = len(sources) if "totals" in manifest else self.recorded.file + 1
+        pairs = zip(sources[:used], manifest["sources"])
+        if changed := [source["file"] for source, before in pairs if source != before]:
+            raise UserError(f"{changed[0]}: changed since {out} was begun; choose another --out")
         manifest["sources"] = sources
 
-    def verify(self) -> None:
-        """Finds out which recorded shards are intact, and prints those that are not."""
+    @property
+    def recorded(self) -> Position:
+        """The position in the sources after the last recorded shard."""
         shards = self.manifest["shards"]
-        for shard in shards:
-            path = self.directory / shard["file"]
-            if is_intact(partial_path(path), shard):  # killed between the record and the renaming
-                os.replace(partial_path(path), path)
-        for number, intact in enumerate(find_intact(self.directory, shards)):
-            if intact:
-                self.verified.add(number)
-            else:
-                path = self.directory / shards[number]["file"]
-                print_rank(f"{path}: missing or altered; rebuilding it")
-        if len(self.verified) < len(shards) and shards[0]["place"] is None:
-            # Shards that split_small_text made can only be built together.
-            self.verified = set()
-            self.manifest |= {"shards": [], "complete": False, "counts": Counts()}
+        return Position(*shards[-1]["place"]) if shards else Position()
 
     @property
     def tokens(self) -> int:
         """Tokens in the recorded shards."""
         return sum(shard["tokens"] for shard in self.manifest["shards"])
 
-    def start_of(self, number: int) -> Position:
-        """The position in the sources where a shard begins."""
-        place = self.manifest["shards"][number - 1]["place"] if number else None
-        return Position(*place[:3], Counts(*place[3])) if place else Position()
+    def verify(self) -> None:
+        """Discards from the manifest the first shard that is missing or altered, and all later
+        ones: the work continues from there."""
+        shards = self.manifest["shards"]
+        intact = find_intact(self.directory, shards)
+        if not all(intact):
+            path = self.directory / shards[intact.index(False)]["file"]
+            print_rank(f"{path}: missing or altered; rebuilding it and all later shards")
+            del shards[intact.index(False) :]
+            self.manifest.pop("totals", None)
+        self.position = self.recorded
 
-    def next_missing(self) -> int | None:
-        """The number of the first shard to be written, or None."""
-        count = len(self.manifest["shards"]) + (not self.manifest["complete"])
-        return min(set(range(count)) - self.verified, default=None)
+    def write_piece(self, piece, tokens: np.ndarray, counts: tuple) -> None:
+        """Adds the tokens of a `text_files.Piece`, from the current position on.
 
-    def open_shard(self, number: int, position: Position | None) -> ShardWriter:
-        """Opens a new shard, which begins at a position. The first one of rank 0 is `val`."""
-        split, size = "train", self.settings["shard_size"]
-        if number == self.rank == 0:
-            split, size = "val", self.settings["val_tokens"] or size
-        rank = f"_{self.rank:05d}" if self.world_size > 1 else ""
-        name = f"{self.settings['prefix']}_{split}{rank}_{number:06d}.npy"
-        self.shard = ShardWriter(self.directory / name, split, number, size, position)
-        return self.shard
-
-    def write_piece(self, file: int, start: int, stop: int, tokens, counts: Counts) -> bool:
-        """Appends the tokens of a piece of text, from the current position on.
-
-        file, start, stop: of the piece; tokens: uint16, all of them; counts: of this piece
-        Returns False if it reached a shard that is there already.
+        tokens: uint16, all of the piece; counts: of the piece, as in COUNTS
         """
-        _, _, skip, before = self.shard.position
-        end = Position(file, stop, 0, Counts(*map(sum, zip(before, counts))))
-        while skip < len(tokens):
-            part = tokens[skip : skip + self.shard.capacity - self.shard.tokens]
-            self.shard.write(part)
-            skip += len(part)
-            position = Position(file, start, skip, before) if skip < len(tokens) else end
-            self.shard.position = position
-            if self.shard.tokens == self.shard.capacity:
-                number = self.shard.number + 1
-                self._finish_shard()
-                if number in self.verified:
-                    return False
-                self.open_shard(number, position)
-        self.shard.position = end
-        return True
+        _, _, skip, *before = self.position
+        self.position = Position(piece.file, piece.stop, 0, *map(sum, zip(before, counts)))
+        begin = Position(piece.file, piece.start, skip, *before)
+        self.pending.append((begin, tokens[skip:], self.position))
+        self.pending_tokens += len(tokens) - skip
+        size, val_tokens = self.settings["shard_size"], self.settings["val_tokens"]
+        if self._writes_val():
+            # Less than this is for `finish` to divide, or to refuse.
+            if self.pending_tokens < (val_tokens + 1 if val_tokens else 2 * size):
+                return
+            self._write_shard(val_tokens or size)
+        while self.pending_tokens >= size:
+            self._write_shard(size)
 
-    def _finish_shard(self) -> None:
-        """Records the open shard, then gives its file the final name."""
-        shard, number, shards = self.shard, self.shard.number, self.manifest["shards"]
-        entry = shard.finish()
-        if number < len(shards) and entry["sha256"] != shards[number]["sha256"]:
-            raise UserError(
-                f"{shard.path}: the content differs from the first time; if the sources have "
-                "changed, choose another --out"
-            )
-        self.shard = None
-        shards[number : number + 1] = [entry]
-        self.verified.add(number)
-        self._save()
-        shard.publish()
+    def _writes_val(self) -> bool:
+        """Whether the next shard is `val`: the first one of rank 0."""
+        return self.rank == 0 and not self.manifest["shards"]
+
+    def _write_shard(self, size: int) -> None:
+        """Writes a shard of `size` tokens, or of all that are left, and records it.
+
+        Raises OSError, before it writes, if the disk is almost full.
+        """
+        number, split = len(self.manifest["shards"]), "val" if self._writes_val() else "train"
+        # The last hundredth of the disk (at most 1 GiB) is left, which the manifest may need. Some
+        # network file systems report no blocks at all.
+        disk, size = shutil.disk_usage(self.directory), min(size, self.pending_tokens)
+        if disk.total and disk.free - 2 * size < min(disk.total // 100, 1 << 30):
+            raise OSError(errno.ENOSPC, "the disk is full")
+        if not self.partial.exists():  # a directory with a shard must have a manifest
+            self._save(self.partial, self.manifest)
+        rank = f"_{self.rank:05d}" if self.world_size > 1 else ""
+        path = self.directory / f"{PREFIX}_{split}{rank}_{number:06d}.npy"
+        parts, place = self._take(size)
+        entry = write_shard(path, parts) | {"split": split, "place": place}
+        self.manifest["shards"].append(entry)
+        self._save(self.partial, self.manifest)
+
+    def _take(self, size: int) -> tuple[list[np.ndarray], Position]:
+        """Removes `size` pending tokens, or all. Returns them and the position after them."""
+        parts, place = [], self.position
+        while self.pending and size > 0:
+            start, tokens, end = self.pending.popleft()
+            part, rest, place = tokens[:size], tokens[size:], end
+            if len(rest):
+                place = start._replace(skip=start.skip + size)
+                self.pending.appendleft((place, rest, end))
+            parts.append(part)
+            size -= len(part)
+            self.pending_tokens -= len(part)
+        return parts, place
+
+    def _save(self, path: Path, manifest: dict) -> None:
+        # Several ranks may find that they are the last and write the same file at the same time.
+        write_text(path, json.dumps(manifest, indent=1) + "\n", writer=f"{self.rank:05d}")
 
     def finish(self) -> None:
-        """Closes the last shard at the end of the sources."""
-        shard = self.shard
-        if shard.tokens or shard.number < len(self.manifest["shards"]):
-            self._finish_shard()
-        self.manifest |= {"complete": True, "counts": shard.position.counts}
-        self._save()
+        """Writes the rest and the manifest of this rank at the end of the sources.
 
-    def discard(self) -> None:
-        """Removes the open shard, if there is one."""
-        if self.shard:
-            self.shard.file.close()
-            partial_path(self.shard.path).unlink(missing_ok=True)
-
-    def _save(self) -> None:
-        write_text(self.partial, json.dumps(self.manifest, indent=1) + "\n")
-
-    def split_small_text(self) -> None:
-        """Divides a text of less than two shards: its first tenth becomes `val`.
-
-        Raises UserError if no token is left for training.
+        Of a text of less than two shards the first tenth becomes `val`. Raises UserError if no
+        token is left for training.
         """
-        shards, size, total = self.manifest["shards"], self.settings["shard_size"], self.tokens
-        val_tokens = self.settings["val_tokens"]
-        if self.rank or (shards and shards[0]["place"] is None):
-            return
-        if total < 2 or (val_tokens and len(shards) < 2):
-            for path in (self.partial, *(self.directory / shard["file"] for shard in shards)):
-                path.unlink(missing_ok=True)  # so that the same --out can be used again
-            raise UserError(
-                f"source: only {total:,} tokens{' on rank 0' * (self.world_size > 1)}, "
-                "which leaves none to train on; provide more text or fewer --val_tokens"
-            )
-        if val_tokens or total >= 2 * size:
-            return
-        files = [np.load(self.directory / shard["file"], mmap_mode="r") for shard in shards]
-        tokens, val = np.concatenate(files), max(1, total // 10)
-        writers = []
-        for number, start in enumerate([0, *range(val, total, size)]):
-            writers.append(self.open_shard(number, None))
-            writers[-1].write(tokens[start : start + size if number else val])
-        self.manifest["shards"] = [writer.finish() for writer in writers]
-        self.verified = set(range(len(writers)))
-        self._save()
-        for writer in writers:
-            writer.publish()
-
-    def close(self) -> None:
-        """Writes the manifest of this rank."""
-        totals, shards = Counts(*self.manifest["counts"])._asdict(), self.manifest["shards"]
+        if self._writes_val():
+            total, where = self.pending_tokens, " on rank 0" if self.world_size > 1 else ""
+            if total < 2 or self.settings["val_tokens"]:
+                raise UserError(
+                    f"source: only {total:,} tokens{where}, which leaves none to train on; provide "
+                    "more text or fewer --val_tokens"
+                )
+            self._write_shard(max(1, total // 10))
+        while self.pending_tokens:
+            self._write_shard(self.settings["shard_size"])
+        self.manifest["totals"] = dict(zip(COUNTS, self.position[3:]))
         for split in ("train", "val"):
-            in_split = [shard["tokens"] for shard in shards if shard["split"] == split]
-            totals[f"{split}_tokens"] = sum(in_split)
-        kept = {k: v for k, v in self.manifest.items() if k != "complete"}
-        write_text(self.path, json.dumps(kept | {"totals": totals}, indent=1) + "\n")
+            tokens = [s["tokens"] for s in self.manifest["shards"] if s["split"] == split]
+            self.manifest["totals"][f"{split}_tokens"] = sum(tokens)
+        self._save(self.path, self.manifest)
         self.partial.unlink(missing_ok=True)
 
     def merge(self) -> bool:
@@ -356,21 +262,16 @@ class ShardDirectory:
         paths = [self.directory / f"manifest_{rank:05d}.json" for rank in range(self.world_size)]
         if not all(path.exists() for path in paths):
             return False
-        parts = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-        first = parts[0]
-        for part in parts:
-            if any(part[key] != first[key] for key in ("source_names", "commit", "settings")):
+        merged, *others = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+        for rank, part in enumerate(others, start=1):
+            if any(part[key] != merged[key] for key in ("source_names", "commit", "settings")):
                 raise UserError(
-                    f"out={str(self.directory)!r}: ranks 0 and {part['rank']} found different "
-                    "sources; run all ranks again with another --out"
+                    f"out={str(self.directory)!r}: ranks 0 and {rank} found different sources; "
+                    "run all ranks again with another --out"
                 )
-        merged = {key: first[key] for key in ("settings", "tokenizer", "world_size", "commit")}
-        merged["sources"] = [source for part in parts for source in part["sources"]]
-        shards = [shard for part in parts for shard in part["shards"]]
-        merged["shards"] = [{k: v for k, v in s.items() if k != "place"} for s in shards]
-        names = first["totals"]
-        merged["totals"] = {name: sum(part["totals"][name] for part in parts) for name in names}
-        # Several ranks may find that they are the last and write it at the same time.
-        path, text = self.directory / MANIFEST, json.dumps(merged, indent=1) + "\n"
-        write_text(path, text, writer=f"{self.rank:05d}")
+            merged["sources"] += part["sources"]
+            merged["shards"] += part["shards"]
+            for name, count in part["totals"].items():
+                merged["totals"][name] += count
+        self._save(self.directory / MANIFEST, merged)
         return True

@@ -22,13 +22,8 @@ from typing import NamedTuple
 from support.errors import UserError
 from support.launch import print_rank
 
-FORMATS = {
-    ".parquet": "parquet",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",  # as C4 and others call files of one object a line
-    ".txt": "txt",
-}
+# C4 and others call files of one object a line .json.
+FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "txt"}
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}  # may follow .jsonl and .txt
 PIECE = 4 << 20  # bytes of text, if rows and lines allow it
 LARGE_GROUP = 8 * PIECE  # bytes; a larger row group is read in parts
@@ -38,9 +33,11 @@ MAX_PARTS = 16  # each part decodes the group from its beginning
 def find_format(name: str) -> tuple[str, str | None] | None:
     """("parquet", "jsonl" or "txt"; compression or None) by a file's name; None if unknown."""
     path = Path(name.lower())
+    if path.suffix == ".parquet":
+        return "parquet", None
     compression = COMPRESSED.get(path.suffix)
     kind = FORMATS.get(path.with_suffix("").suffix if compression else path.suffix)
-    return None if kind is None or (compression and kind == "parquet") else (kind, compression)
+    return (kind, compression) if kind else None
 
 
 def find_files(source: str, out: Path) -> list[Path] | None:
@@ -49,7 +46,7 @@ def find_files(source: str, out: Path) -> list[Path] | None:
     Files in `out` and hidden ones are not among them. Files of unknown kinds are left out with a
     message. Raises UserError if all are of unknown kinds.
     """
-    path, is_directory = Path(source), os.path.isdir(source)
+    path, is_directory, out = Path(source), os.path.isdir(source), out.resolve()
     if os.path.isfile(source):  # False for a name that is too long, where Path would raise
         found = [path]
     elif is_directory:
@@ -57,9 +54,7 @@ def find_files(source: str, out: Path) -> list[Path] | None:
         found = [path / name for name in names if not any(p[0] == "." for p in name.parts)]
     else:
         found = [Path(name) for name in glob.glob(source, recursive=True)]
-    found = [file for file in found if file.is_file()]
-    if found != [path]:
-        found = [file for file in found if out.resolve() not in file.resolve().parents]
+    found = [f for f in found if f.is_file() and (f == path or out not in f.resolve().parents)]
     if not found and not is_directory:
         return None
     files = sorted({file for file in found if find_format(file.name)})  # globs may repeat one
@@ -79,11 +74,11 @@ def describe_file(path: Path) -> dict:
     return {"file": path.name, "bytes": status.st_size, "modified": status.st_mtime_ns}
 
 
-def estimate_tokens(name: str, size: int) -> float:
+def estimate_tokens(source: dict) -> float:
     """About how many tokens a file of English holds, by its kind and its size in bytes."""
-    kind, compression = find_format(name)
+    kind, compression = find_format(source["file"])
     # Of FineWeb-Edu's parquet files, 28.5 GB with 9.95 B tokens, and of plain text.
-    return size * (0.35 if kind == "parquet" else 0.22 * (3 if compression else 1))
+    return source["bytes"] * (0.35 if kind == "parquet" else 0.66 if compression else 0.22)
 
 
 def _read_error(path, reason) -> UserError:
@@ -92,10 +87,8 @@ def _read_error(path, reason) -> UserError:
 
 
 def _column_error(location: str, column: str, names) -> UserError:
-    return UserError(
-        f"{location}: no column {column!r}; choose another --text_column, "
-        f"there {'is' if len(names) == 1 else 'are'} {', '.join(map(str, names)) or 'none'}"
-    )
+    columns = ", ".join(map(str, names)) or "none"
+    return UserError(f"{location}: no column {column!r}; choose a --text_column: {columns}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -108,8 +101,8 @@ class Piece(NamedTuple):
     file: int
     start: int
     stop: int
-    read: tuple  # (function, *arguments); the function returns `Texts`
-    done: float  # share of the file that lies before `stop`
+    begins: bool  # whether its first text is the beginning of a document
+    read: tuple  # (function, *arguments); the function returns a list of str, None for a null
 
 
 def split_into_pieces(path: Path, file: int, start: int, text_column: str, separator: str):
@@ -119,9 +112,16 @@ def split_into_pieces(path: Path, file: int, start: int, text_column: str, separ
     separator: between the documents of a txt; "": a txt is one document
     Raises UserError if the file cannot be read or has no such column.
     """
-    if find_format(path.name)[0] == "parquet":
-        return _split_parquet(path, file, start, text_column)
-    return _split_stream(path, file, start, text_column, separator)
+    kind, compression = find_format(path.name)
+    if kind == "parquet":
+        yield from _split_parquet(path, file, start, text_column)
+        return
+    mark = b"\n" if kind == "jsonl" else os.fsencode(separator)
+    for data in _read_blocks(path, compression, start, mark):
+        read = (read_jsonl, str(path), text_column, start) if kind == "jsonl" else (read_txt, mark)
+        stop = start + max(1, len(data))  # the position after an empty file differs from its start
+        yield Piece(file, start, stop, mark != b"" or start == 0, (*read, data))
+        start = stop
 
 
 def open_parquet(path: Path | str, column: str):
@@ -153,59 +153,47 @@ def open_parquet(path: Path | str, column: str):
 def _split_parquet(path: Path, file: int, start: int, column: str):
     """Yields row groups, large ones in parts of equal numbers of rows."""
     with open_parquet(path, column) as parquet:
-        metadata = parquet.metadata
-    columns = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
-    number, row = columns.index(column), 0
+        metadata, row = parquet.metadata, 0
     for group in range(metadata.num_row_groups):
-        size = metadata.row_group(group).column(number).total_uncompressed_size
-        parts, rows = math.ceil(size / LARGE_GROUP), metadata.row_group(group).num_rows
-        parts = min(MAX_PARTS, max(1, parts))
+        size, rows = metadata.row_group(group).total_byte_size, metadata.row_group(group).num_rows
+        parts = min(MAX_PARTS, 1 + size // LARGE_GROUP)
         step = max(1, math.ceil(rows / parts))
         for first in range(0, rows, step):
             stop = min(first + step, rows)
             if row + first >= start:
                 read = (read_parquet, str(path), column, group, first, stop)
-                yield Piece(file, row + first, row + stop, read, (row + stop) / metadata.num_rows)
+                yield Piece(file, row + first, row + stop, True, read)
         row += rows
 
 
-def _split_stream(path: Path, file: int, start: int, column: str, separator: str):
-    """Yields about PIECE bytes of a jsonl or txt at a time."""
+def _read_blocks(path: Path, compression: str | None, start: int, mark: bytes):
+    """Yields the bytes of a file from `start` on, about PIECE at a time, cut after a `mark`."""
     import pyarrow as pa
 
-    if find_format(path.name)[0] == "jsonl":
-        read, find_cut = (read_jsonl, str(path), column), _cut_after_line
-    elif separator:
-        mark = os.fsencode(separator)
-        read, find_cut = (read_separated, mark), functools.partial(_cut_after_separator, mark)
-    else:
-        read, find_cut = (read_text,), _cut_between_lines
     try:
-        compression = find_format(path.name)[1]
-        with pa.OSFile(os.fsencode(path)) as raw, _open_stream(raw, compression, start) as stream:
+        with _open_stream(path, compression, start) as stream:
             text, searched = bytearray(), 0
             # Up to a multiple of PIECE, so that the cuts after `start` depend on `start` alone.
             while block := stream.read(PIECE - len(text) % PIECE):
                 text += block
                 if len(text) % PIECE:  # fewer bytes than requested
                     continue
-                if cut := find_cut(text, searched):
-                    part, done = bytes(text[:cut]), raw.tell() / raw.size()
-                    yield Piece(file, start, start + cut, (*read, start, part), done)
+                if cut := _cut_after(mark, text, searched) if mark else _cut_line(text, searched):
+                    yield bytes(text[:cut])
                     start += cut
                     del text[:cut]
                 searched = len(text)
             if text or start == 0:  # an empty file may be a document, too
-                stop = start + max(1, len(text))  # a position after it must differ from its start
-                yield Piece(file, start, stop, (*read, start, bytes(text)), 1.0)
+                yield bytes(text)
     except (pa.ArrowException, OSError, EOFError) as error:
         raise _read_error(path, error) from None
 
 
-def _open_stream(raw, compression: str | None, start: int):
+def _open_stream(path: Path, compression: str | None, start: int):
     """The stream of the uncompressed bytes of a file from `start` on."""
     import pyarrow as pa
 
+    raw = pa.OSFile(os.fsencode(path))
     if not compression:
         raw.seek(start)
         return raw
@@ -220,17 +208,13 @@ def _open_stream(raw, compression: str | None, start: int):
 # Each returns the last place to cut `text`, or 0. The first `searched` bytes hold none.
 
 
-def _cut_after_line(text: bytearray, searched: int) -> int:
-    return text.rfind(b"\n", searched) + 1
-
-
-def _cut_after_separator(separator: bytes, text: bytearray, searched: int) -> int:
+def _cut_after(separator: bytes, text: bytearray, searched: int) -> int:
     # From left to right, as `split` does: three line ends contain b"\n\n" once, at their start.
     parts = text[max(0, searched - len(separator) + 1) :].split(separator)
     return len(text) - len(parts[-1]) if len(parts) > 1 else 0
 
 
-def _cut_between_lines(text: bytearray, searched: int) -> int:
+def _cut_line(text: bytearray, searched: int) -> int:
     """Before a line end that is followed by a character other than white space.
 
     GPT-2's pre-tokenizer makes a token of that line end, and another of the white space before it,
@@ -248,31 +232,14 @@ def _cut_between_lines(text: bytearray, searched: int) -> int:
 # -------------------------------------------------------------------------------------------------
 # Reading, in the workers
 
-
-class Texts(NamedTuple):
-    """The texts of a piece."""
-
-    texts: list  # str, or None for a null
-    begins: bool  # whether the first text is the beginning of a document
-    replaced: int  # texts with invalid UTF-8, which became U+FFFD
-
-
-def _decode(data: bytes) -> tuple[str, bool]:
-    """(text, whether some of it was invalid UTF-8)."""
-    try:
-        return data.decode(), False
-    except UnicodeDecodeError:
-        return data.decode(errors="replace"), True
-
-
 _cached_parquet = functools.lru_cache(maxsize=2)(open_parquet)
 
 
-def read_parquet(path: str, column: str, group: int, first: int, stop: int) -> Texts:
+def read_parquet(path: str, column: str, group: int, first: int, stop: int) -> list[str | None]:
     """Rows [first, stop) of a row group."""
     import pyarrow as pa
 
-    texts, replaced, row = [], 0, 0
+    texts, row = [], 0
     try:
         parquet = _cached_parquet(path, column)
         for batch in parquet.iter_batches(1024, [group], [column], use_threads=False):
@@ -286,23 +253,18 @@ def read_parquet(path: str, column: str, group: int, first: int, stop: int) -> T
                 break
     except (pa.ArrowException, OSError) as error:
         raise _read_error(path, error) from None
-    for i, text in enumerate(texts):
-        if isinstance(text, bytes):
-            texts[i], invalid = _decode(text)
-            replaced += invalid
-    return Texts(texts, True, replaced)
+    return [t.decode(errors="replace") if isinstance(t, bytes) else t for t in texts]
 
 
-def read_jsonl(path: str, column: str, start: int, data: bytes) -> Texts:
-    """The column of each line's object. Empty lines are skipped."""
-    texts, replaced = [], 0
+def read_jsonl(path: str, column: str, start: int, data: bytes) -> list[str | None]:
+    """The column of each line's object. Empty lines are skipped. start: of the data in the file"""
+    texts = []
     for line in data.split(b"\n"):
         location, start = f"the line at byte {start:,}", start + len(line) + 1
         if not line.strip():
             continue
-        text, invalid = _decode(line)
         try:
-            row = json.loads(text)
+            row = json.loads(line.decode(errors="replace"))
         except (ValueError, RecursionError) as error:
             raise _read_error(path, f"{location} is not JSON: {error}") from None
         if not isinstance(row, dict):
@@ -312,17 +274,10 @@ def read_jsonl(path: str, column: str, start: int, data: bytes) -> Texts:
         if not isinstance(row[column], str | None):
             raise _read_error(path, f"{column!r} in {location} is not text")
         texts.append(row[column])
-        replaced += invalid
-    return Texts(texts, True, replaced)
+    return texts
 
 
-def read_separated(separator: bytes, start: int, data: bytes) -> Texts:
-    """The documents between separators. Two separators in a row have no document between them."""
-    pairs = [_decode(part) for part in data.split(separator) if part]
-    return Texts([text for text, _ in pairs], True, sum(invalid for _, invalid in pairs))
-
-
-def read_text(start: int, data: bytes) -> Texts:
-    """The part of a document that begins at byte `start`."""
-    text, invalid = _decode(data)
-    return Texts([text], start == 0, int(invalid))
+def read_txt(separator: bytes, data: bytes) -> list[str]:
+    """The documents between separators, if there is one; no document is between two in a row."""
+    parts = [part for part in data.split(separator) if part] if separator else [data]
+    return [part.decode(errors="replace") for part in parts]

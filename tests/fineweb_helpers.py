@@ -417,7 +417,7 @@ def check_ranks(out: Path, corpus: Corpus, world: int, shard_size: int, val_toke
     assert np.array_equal(in_order(out), corpus.tokens)
     manifest = manifest_of(out)
     parts = [json.loads((out / f"manifest_{r:05d}.json").read_text()) for r in range(world)]
-    assert manifest["world_size"] == world
+    assert manifest["settings"]["WORLD_SIZE"] == world
     assert [source["file"] for source in manifest["sources"]] == corpus.files
     assert [source for part in parts for source in part["sources"]] == manifest["sources"]
     names = [shard["file"] for shard in manifest["shards"]]

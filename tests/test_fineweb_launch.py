@@ -1,6 +1,7 @@
 """Several ranks of fineweb.py: torchrun, srun, one after the other or at the same time."""
 
 import io
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -97,6 +98,23 @@ def test_a_kill_of_one_rank_among_two(mixed, two_ranks, tmp_path):
     run_command(mixed.path, out, env={"RANK": "0", "WORLD_SIZE": "2"}, **settings)
     assert shards_in(out) == shards_in(two_ranks)
     check_ranks(out, mixed, 2, SHARD, SHARD)
+
+
+def test_another_rank_creates_the_directory_at_any_time(text_file, tmp_path, monkeypatch, run_here):
+    """As if it did so just after this rank has seen that there is none."""
+    out, env = tmp_path / "out", {"RANK": "0", "WORLD_SIZE": "2"}
+    for name in ("exists", "isdir"):
+        real = getattr(os.path, name)
+
+        def look_and_create(path, real=real):
+            found = real(path)
+            if str(path) == str(out):
+                out.mkdir(exist_ok=True)
+            return found
+
+        monkeypatch.setattr(os.path, name, look_and_create)
+    run_here(text_file, out, env=env)
+    assert (out / "manifest_00000.json").exists()
 
 
 @pytest.mark.parametrize("rank, world", [("2", "2"), ("-1", "2"), ("x", "2"), ("0", "0")])

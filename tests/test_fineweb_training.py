@@ -203,7 +203,8 @@ def test_the_printed_epochs_agree_with_the_manifest(tmp_path, capsys):
     totals = json.loads(Path("data/manifest.json").read_text())["totals"]
     windows = (totals["train_tokens"] - 1) // 32
     steps = 5 * windows // 2 // 4  # of 4 windows each, so nearly two and a half epochs
-    code, out, _ = train(small_run(tmp_path / "data", max_steps=steps, val_every=99), capsys)
+    settings = dict(max_steps=steps, val_every=99, total_batch_size=128)
+    code, out, _ = train(small_run(tmp_path / "data", **settings), capsys)
     assert code == 0
     assert f"{totals['train_tokens']:,} tokens for training" in out
     assert f"({4 * steps / windows:.2f} epochs in {steps} steps)" in out

@@ -72,7 +72,7 @@ def test_a_killed_run_continues_with_the_same_commit(hub, tmp_path):
     def there(name: str) -> list[Path]:
         return [*out.rglob(name)]
 
-    wait_for(lambda: len(finished_shards(out)) >= first_three, process)
+    wait_for(lambda: len(finished_shards(out)) >= first_three // 2, process)
     wait_for(lambda: there(SAMPLES[4]) and there(SAMPLES[5]), process)
     process.kill()
     assert finish(process).code == -signal.SIGKILL
@@ -96,7 +96,7 @@ def test_no_worker_is_forked_from_a_process_that_downloads(hub, tmp_path):
     answered = threading.Event()
     hub.trouble(f"^GET /cdn/.*{SAMPLES[1]}", hold_until(answered))
     process = start(tmp_path, hub.url)
-    wait_for(lambda: finished_shards(tmp_path / "edu_fineweb10B"), process)
+    wait_for(lambda: [*(tmp_path / "edu_fineweb10B").rglob(SAMPLES[0])], process)
     tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
     children = [child for task in tasks for child in task.read_text().split()]
     assert children
@@ -126,7 +126,7 @@ def test_an_error_is_printed_during_other_downloads(hanging, tmp_path):
 def test_an_interrupt_ends_a_run_that_waits_for_files(hanging, tmp_path):
     process = start(tmp_path, hanging.url, "--source=o/slow", "--out=here")
     wait_for(lambda: "1.parquet" in hanging.fetched(), process)
-    wait_for(lambda: finished_shards(tmp_path / "here"), process)
+    wait_for(lambda: [*(tmp_path / "here").rglob("0.parquet")], process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     done = finish(process, timeout=20)
     assert done.code == 130 and "Traceback" not in done.err, done.err

@@ -5,6 +5,7 @@ import shutil
 import threading
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -25,6 +26,7 @@ from fineweb_helpers import (
 
 import fineweb
 from support.shard_writer import ShardDirectory
+from support.text_files import Piece
 
 pytest_plugins = ["fineweb_helpers"]
 pytestmark = pytest.mark.usefixtures("surroundings")
@@ -34,7 +36,6 @@ pytestmark = pytest.mark.usefixtures("surroundings")
 
 OTHER = dict(
     name="sample", text_column="body", separator="|", shard_size=SIZE + 1, val_tokens=5,
-    prefix="other",
 )  # fmt: skip
 
 
@@ -171,7 +172,13 @@ DAMAGED = {
     ),
     "sources null": lambda manifest: altered(manifest, sources=None),
     "sources of nothing": lambda manifest: altered(manifest, sources=[{}, {}]),
-    "counts null": lambda manifest: altered(manifest, counts=None),
+    "totals null": lambda manifest: altered(manifest, totals=None),
+    "a shard without a position": lambda manifest: altered(
+        manifest, shards=[manifest["shards"][0] | {"place": None}]
+    ),
+    "counts in words": lambda manifest: altered(
+        manifest, shards=[manifest["shards"][0] | {"place": [0, 0, 0, "many", 0, 0]}]
+    ),
 }
 
 
@@ -225,15 +232,16 @@ def test_two_tokens_are_enough_for_both_splits(run):
 
 def test_ranks_that_finish_at_the_same_time_write_one_manifest(tmp_path):
     """Each finds the manifests of the others and writes the merged one, without an error."""
-    settings = {"prefix": "x", "shard_size": 5, "val_tokens": 0}
+    settings = {"shard_size": 5, "val_tokens": 0}
     records = [ShardDirectory(tmp_path, settings, rank, 4) for rank in range(4)]
     for rank, record in enumerate(records):
         sources = [{"file": f"{rank}_{i}.txt", "bytes": i} for i in range(100)]
         record.begin(sources, "", None)
-        record.close()
+        record.write_piece(Piece(0, 0, 1, True, ()), np.zeros(3, np.uint16), (1, 0, 0))
+        record.finish()
     assert records[0].merge()
     whole, together, failures = manifest_of(tmp_path), threading.Barrier(4, timeout=60), []
-    assert len(whole["sources"]) == 400
+    assert len(whole["sources"]) == 400 and whole["totals"]["documents"] == 4
 
     def merge(record) -> None:
         try:
