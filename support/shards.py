@@ -24,6 +24,7 @@ from support.launch import print0
 ROOT = Path(__file__).resolve().parent.parent
 MANIFEST = "manifest.json"
 SUFFIXES = (".npy", ".bin")
+MAPPED = 128  # files mapped at a time, each of which counts as an open file
 # What reading a manifest raises if it is damaged or another program's file of that name.
 MANIFEST_ERRORS = (OSError, ValueError, KeyError, TypeError, RecursionError)
 REBUILD = "run the same fineweb.py command again: it rebuilds missing and altered shards"
@@ -35,13 +36,41 @@ GET_DATA = (
 # Streams of tokens
 
 
-class TokenStream:
-    """The tokens of one split as if its shards were one array. Shards may be memory-mapped.
+class ShardFile:
+    """The tokens of a shard's file, of which slices are uint16 arrays (tokens,).
 
-    shards: uint16 arrays in the order of the stream; names: the file of each
+    map_file: `np.memmap`, cached, so that a limited number of files is mapped and open at a time
     """
 
-    def __init__(self, shards: list[np.ndarray], names: list[str]):
+    def __init__(self, path: Path, offset: int, length: int, map_file=np.memmap):
+        self.path, self.offset, self.length, self.map_file = path, offset, length, map_file
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Raises UserError if the file is missing or shorter than when it was opened."""
+        found = os.path.getsize(self.path) if os.path.isfile(self.path) else None
+        if found is None or found < (size := self.offset + 2 * self.length):
+            problem = "No such file" if found is None else f"{found:,} bytes, but {size:,}"
+            raise UserError(
+                f"{self.path}: {problem} when the run began; put it back and run the same command "
+                "again"
+            )  # reading what is mapped would end in SIGBUS
+        try:
+            return self.map_file(self.path, "<u2", "r", self.offset, (self.length,))[part]
+        except OSError:  # some network file systems cannot map files
+            count, offset = part.stop - part.start, self.offset + 2 * int(part.start)
+            return np.fromfile(self.path, "<u2", count, offset=offset)
+
+
+class TokenStream:
+    """The tokens of one split as if its shards were one array.
+
+    shards: `ShardFile`s or uint16 arrays in the order of the stream; names: the file of each
+    """
+
+    def __init__(self, shards: list, names: list[str]):
         self.shards, self.names = shards, names
         self.starts = np.cumsum([0] + [len(shard) for shard in shards])
 
@@ -53,31 +82,14 @@ class TokenStream:
         return int(np.searchsorted(self.starts, position, side="right")) - 1
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop), uint16, which may lie in several shards.
-
-        Raises UserError if the file of one is missing or shorter than when it was opened.
-        """
+        """Tokens [start, stop), uint16, which may lie in several shards."""
         index, pieces = self._shard_of(start), []
         while start < stop:
             shard, first = self.shards[index], self.starts[index]
-            if isinstance(shard, np.memmap):
-                self._validate_file(index)
             end = min(stop, int(self.starts[index + 1]))
             pieces.append(shard[start - first : end - first])
             start, index = end, index + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
-    def _validate_file(self, index: int) -> None:
-        """Raises UserError if a mapped file is too short: reading it would end in SIGBUS."""
-        shard = self.shards[index]
-        size, path = shard.offset + shard.nbytes, shard.filename
-        found = os.path.getsize(path) if os.path.isfile(path) else None
-        if found is None or found < size:
-            problem = "No such file" if found is None else f"{found:,} bytes"
-            raise UserError(
-                f"{self.names[index]}: {problem}, but {size:,} bytes when the run began; "
-                "put it back and run the same command again"
-            )
 
     def name_of(self, position: int) -> str:
         """The file that token `position` comes from."""
@@ -109,7 +121,7 @@ def open_splits(data: str) -> dict[str, TokenStream]:
         raise SettingError(f"data={data!r}: no such directory or file; {GET_DATA}")
     load_manifest(path)
     files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
-    streams = {}
+    streams, map_file = {}, functools.lru_cache(MAPPED)(np.memmap)
     for split, other in (("train", "val"), ("val", "train")):
         names = [str(file) for file in files if split in file.name]
         if both := [name for name in names if other in Path(name).name]:
@@ -118,7 +130,7 @@ def open_splits(data: str) -> dict[str, TokenStream]:
             raise SettingError(
                 f"data={data!r}: no shards (.npy, .bin) with {split!r} in the name; {GET_DATA}"
             )
-        streams[split] = TokenStream([open_shard(Path(name)) for name in names], names)
+        streams[split] = TokenStream([open_shard(Path(n), map_file) for n in names], names)
     return streams
 
 
@@ -149,30 +161,36 @@ def _tokenize_text(path: Path) -> dict[str, TokenStream]:
     return {split: TokenStream([part], [str(path)]) for split, part in parts.items()}
 
 
-def open_shard(path: Path) -> np.ndarray:
-    """A memory-mapped uint16 array (tokens,) of a `.npy` or `.bin` shard.
-
-    Raises UserError if the file is not a complete shard of GPT-2 tokens.
-    """
+def open_shard(path: Path, map_file=np.memmap) -> ShardFile:
+    """A `.npy` or `.bin` shard. Raises UserError if it is not a complete shard of GPT-2 tokens."""
     try:
-        if path.suffix == ".npy":
-            shard = np.lib.format.open_memmap(path, mode="r")
-        else:
-            header = np.fromfile(path, dtype="<i4", count=256)
-            if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
-                raise ValueError("no llm.c header (256 int32, magic 20240520, version 1)")
-            if path.stat().st_size != 1024 + 2 * int(header[2]):
-                raise ValueError(f"truncated: its header promises {int(header[2]):,} tokens")
-            shard = np.memmap(path, dtype="<u2", mode="r", offset=1024)
+        with open(path, "rb") as file:
+            if path.suffix == ".npy":
+                version = np.lib.format.read_magic(file)
+                read_header = {
+                    (1, 0): np.lib.format.read_array_header_1_0,
+                    (2, 0): np.lib.format.read_array_header_2_0,
+                }[version]
+                shape, _, dtype = read_header(file)
+            else:
+                header = np.fromfile(file, dtype="<i4", count=256)
+                if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
+                    raise ValueError("no llm.c header (256 int32, magic 20240520, version 1)")
+                shape, dtype = (int(header[2]),), np.dtype("<u2")
+            offset, size = file.tell(), os.fstat(file.fileno()).st_size
+        expected = offset + dtype.itemsize * math.prod(shape)
+        if size < expected or (size > expected and path.suffix == ".bin"):
+            found = (size - offset) // dtype.itemsize
+            raise ValueError(f"truncated or too long: {found:,} of {math.prod(shape):,} tokens")
     except Exception as error:  # numpy's parser of a damaged header raises anything
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: not a valid shard: {reason}; make it again") from None
-    if shard.dtype != np.uint16 or shard.ndim != 1:
+    if dtype != np.dtype("<u2") or len(shape) != 1:
         raise UserError(
-            f"{path}: {shard.dtype} of {shard.ndim} dimensions instead of uint16 of one; "
+            f"{path}: {dtype} of {len(shape)} dimensions instead of uint16 of one; "
             "use shards of GPT-2 tokens"
         )
-    return shard
+    return ShardFile(path, offset, shape[0], map_file)
 
 
 # -------------------------------------------------------------------------------------------------

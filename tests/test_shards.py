@@ -1,9 +1,13 @@
 """Reading shards: streams of tokens, the permutation, files of all kinds, and errors."""
 
+import errno
 import io
 import json
+import mmap
+import os
 import pickle
 import random
+import resource
 import tracemalloc
 from pathlib import Path
 
@@ -15,6 +19,7 @@ from support import tokenizer
 from support.errors import SettingError, UserError
 from support.files import sha256
 from support.shards import (
+    MAPPED,
     TokenStream,
     check_lengths,
     find_data,
@@ -195,9 +200,41 @@ def test_shards_are_mapped_and_not_read(tmp_path):
     write_npy(tmp_path / "a.npy", np.arange(10))
     write_bin(tmp_path / "a.bin", np.arange(10))
     for name in ("a.npy", "a.bin"):
-        shard = open_shard(tmp_path / name)
-        assert isinstance(shard, np.memmap) and not shard.flags.writeable
-        assert shard.dtype == np.uint16 and shard.tolist() == list(range(10))
+        tokens = open_shard(tmp_path / name)[2:9]
+        assert isinstance(tokens, np.memmap) and not tokens.flags.writeable
+        assert tokens.dtype == np.uint16 and tokens.tolist() == list(range(2, 9))
+
+
+def test_where_files_cannot_be_mapped_they_are_read(tmp_path, monkeypatch):
+    """As on some network file systems."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENODEV, "No such device")
+
+    write_npy(tmp_path / "a_train.npy", np.arange(10))
+    write_bin(tmp_path / "b_train.bin", np.arange(10, 25))
+    write_npy(tmp_path / "c_val.npy", np.arange(10))
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    tokens = open_splits(str(tmp_path))["train"].read(3, 22)
+    assert tokens.dtype == np.uint16 and tokens.tolist() == list(range(3, 22))
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+    """1,100 shards with `ulimit -n 1024`, at a smaller scale."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = len(os.listdir("/proc/self/fd"))
+    count = MAPPED + 100
+    for number in range(count):
+        write_npy(tmp_path / f"train_{number:04d}.npy", np.arange(10))
+    write_npy(tmp_path / "val.npy", np.arange(10))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + MAPPED + 20, hard))
+    try:
+        tokens = open_splits(str(tmp_path))["train"]
+        for start in (*range(0, len(tokens) - 11, 10), 5, len(tokens) - 12):
+            window = range(start, start + 11)
+            assert tokens.read(start, start + 11).tolist() == [i % 10 for i in window]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_data_is_found_from_any_directory(tmp_path, monkeypatch):
@@ -289,7 +326,7 @@ def test_a_damaged_header_is_refused_whatever_is_damaged(tmp_path):
             spoiled[rng.randrange(120)] = rng.randrange(256)
         path.write_bytes(spoiled)
         try:
-            assert open_shard(path).dtype == np.uint16
+            assert open_shard(path)[0:1].dtype == np.uint16
         except UserError as error:
             assert str(path) in str(error)
             refused += 1
