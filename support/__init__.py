@@ -29,7 +29,6 @@ Run
     run_output         all that a run shows and records, in one place
     step_log           console lines of training steps
     run_log            the files of a log directory, and whether its run may be continued
-    log_files          reading log.txt and progress.txt, also while a run appends to them
     trackers           TensorBoard and Weights & Biases
     stop_signals       all ranks stop at the same step on SIGTERM, SIGINT and SIGUSR1
 

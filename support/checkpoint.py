@@ -53,6 +53,19 @@ def write_directory(target: Path, fill) -> None:
         raise
 
 
+def try_directory(log_dir: Path) -> None:
+    """Writes a small checkpoint and removes it. Raises UserError if that is not possible."""
+    trial = log_dir / ".trial"
+    try:
+        write_directory(trial, lambda directory: (directory / "file").write_text("content"))
+        shutil.rmtree(trial)
+    except OSError as error:
+        raise UserError(
+            f"log_dir={str(log_dir)!r}: checkpoints cannot be written there ({error}); make room, "
+            "or choose a --log_dir on another file system"
+        ) from None
+
+
 def save(log_dir: Path, step: int, fill) -> None:
     """Writes the checkpoint after `step` steps. Raises UserError if the disk is full."""
     directory = step_directory(log_dir, step)

@@ -1,6 +1,7 @@
 """Files that are either complete or not there: written under a temporary name, then renamed."""
 
 import contextlib
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -12,13 +13,29 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# What file systems answer that have no fsync, or none for a directory (some of FUSE and SMB).
+NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
+
+
 def sync(path: Path) -> None:
-    """Returns when the content of a file or directory is on the disk (fsync)."""
-    if path.is_dir() and os.name != "posix":
+    """Returns when the content of a file or directory is on the disk (fsync), if that is possible.
+
+    Raises OSError if it is possible and fails.
+    """
+    is_directory = path.is_dir()
+    if is_directory and os.name != "posix":
         return  # Windows cannot sync a directory
-    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    except OSError:
+        if is_directory:  # which some file systems do not open
+            return
+        raise
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
     finally:
         os.close(descriptor)
 

@@ -4,6 +4,7 @@ The layout differs from that of `GPT` in two ways: the four matrices of a block 
 transposed (OpenAI wrote them as Conv1D), and the embedding has no padding rows.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -79,7 +80,8 @@ def save_weights(model, directory: Path) -> None:
     for name, content in (("config", config), ("generation_config", SPECIAL_IDS)):
         (directory / f"{name}.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    shutil.copymode(directory / "config.json", directory / "model.safetensors")  # else private
+    with contextlib.suppress(OSError):  # a file system without modes
+        shutil.copymode(directory / "config.json", directory / "model.safetensors")  # else private
 
 
 def _build_config(c, function: model_function.Function) -> dict:

@@ -15,6 +15,8 @@ from support.files import write_text
 from support.launch import print0
 
 ROOT = Path(__file__).resolve().parent.parent
+LOG_TYPES = (int, str, float)  # step, stream, value
+PROGRESS_TYPES = (int, int, float)  # step, tokens, seconds
 REMEDY = "give that value to continue it, or another --log_dir to start a new run"
 
 
@@ -71,10 +73,6 @@ class RunLog:
         self.path, self.progress_path = log_dir / "log.txt", log_dir / "progress.txt"
         self.seconds = 0.0
 
-    def read(self) -> list[tuple[int, str, float]]:
-        """The values in `log.txt` so far."""
-        return read_rows(self.path, (int, str, float)) if self.path.exists() else []
-
     def write(self, step: int, stream: str, value: float) -> None:
         """Appends the value of a step. Raises UserError if it cannot be written."""
         self.append(self.path, f"{step} {stream} {value:.6f}\n")
@@ -101,13 +99,14 @@ class RunLog:
                 if not first.isdecimal() or int(first) < step:
                     kept.append(line)
             replace(path, "".join(kept))
-        for *_, seconds in read_rows(self.progress_path, (int, int, float)):
+        for *_, seconds in read_rows(self.progress_path, PROGRESS_TYPES):
             self.seconds = seconds
 
     def best(self, steps) -> int | None:
         """The step among `steps` with the lowest validation loss so far."""
-        losses = {step: value for step, stream, value in self.read() if stream == "val"}
-        return min((s for s in steps if s in losses), key=losses.get, default=None)
+        values = {(step, stream): value for step, stream, value in read_rows(self.path, LOG_TYPES)}
+        steps = [step for step in steps if (step, "val") in values]
+        return min(steps, key=lambda step: values[step, "val"], default=None)
 
 
 class Curves:
@@ -229,20 +228,15 @@ def check_resume(
     earlier: content of run.json or of a checkpoint: at least its `settings` and `data`
     may_change: names of the settings that need not match; max_steps may only grow
     """
-    where = f"log_dir={str(log_dir)!r} holds a run with"
-    before = earlier["settings"]
-    for name in settings | before:  # also those that only one of the two has
-        if name not in may_change and settings.get(name) != before.get(name):
+    where, before = f"log_dir={str(log_dir)!r}", earlier["settings"]
+    for name, value in settings.items():
+        old, grows = before.get(name), name == "max_steps"
+        if value != old and (name not in may_change or (grows and value < old)):
             raise SettingError(
-                f"{name}={settings.get(name)!r}: {where} {name}={before.get(name)!r}; {REMEDY}"
+                f"{name}={value!r}: {where} holds a run with {name}={old!r}"
+                f"{', which may only grow' if grows else ''}; {REMEDY}"
             )
-    if settings["max_steps"] < before["max_steps"]:
-        raise SettingError(
-            f"max_steps={settings['max_steps']}: {where} max_steps={before['max_steps']}, which "
-            f"may only grow; {REMEDY}"
-        )
     if data is not None and data != earlier["data"]:
         raise SettingError(
-            f"data={settings['data']!r}: not the tokens that the run in log_dir={str(log_dir)!r} "
-            f"trains on; {REMEDY}"
+            f"data={settings['data']!r}: not the tokens that the run in {where} trains on; {REMEDY}"
         )

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from support import run_log, trackers
-from support.checkpoint import list_checkpoints
+from support.checkpoint import list_checkpoints, try_directory
 from support.launch import print0
 from support.step_log import StepLog
 
@@ -51,13 +51,13 @@ class RunOutput:
     def start(self, step: int) -> None:
         """Writes `run.json`, removes what a killed run logged from `step` on, opens the tracker."""
         if self.master_process:
+            try_directory(self.log_dir)
             settings = self.record["settings"]
+            self.record |= run_log.describe_software()  # of the code that runs, also at its end
             run_log.write_run_json(self.log_dir, self.record)
-            logged_steps = {at for at, stream, _ in self.log.read() if stream == "train"}
             self.log.remove_steps(step)
-            self.tracker = trackers.start(
-                settings["tracker"], self.log_dir, settings, step, logged_steps
-            )
+            if name := settings["tracker"]:
+                self.tracker = trackers.TRACKERS[name](self.log_dir, settings, step)
 
     def log_step(
         self, step: int, lr: float, tokens: int, total_tokens: int, figures: dict[str, float]
@@ -69,6 +69,7 @@ class RunOutput:
             by their names.
         """
         rates = self.console.log(step, lr, tokens, figures)
+        self.record["last_step"] = figures
         if self.master_process:
             for name, value in figures.items():
                 if name != "norm":

@@ -14,13 +14,6 @@ from support.errors import SettingError
 from support.launch import print0
 
 
-def format_duration(seconds: float) -> str:
-    """A time span for people: 42s, 3m05s, 2h07m."""
-    minutes, s = divmod(int(seconds), 60)
-    h, m = divmod(minutes, 60)
-    return f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s" if m else f"{s}s"
-
-
 class StepLog:
     """Prints a line for each step on rank 0, and a progress bar below it on a terminal."""
 
@@ -62,12 +55,13 @@ class StepLog:
         rate = tokens / dt_s
         mfu = rate * self.flops_per_token / self.peak if self.peak else None
         left_s = statistics.median(self.last_dts) * (self.max_steps - step - 1)
+        left = tqdm.format_interval(left_s)
         more = "".join(f"{name}: {value:.4f} | " for name, value in [*figures.items()][2:])
         print0(
             f"step {step:5d} | loss: {figures['loss']:9.6f} | lr {lr:.4e} | "
             f"norm: {figures['norm']:8.4f} | {more}"
             f"dt: {1000 * dt_s:8.2f}ms | tok/sec: {rate:10.2f} | "
-            f"mfu: {'n/a' if mfu is None else f'{mfu:.1%}':>5} | left: {format_duration(left_s):>6}"
+            f"mfu: {'n/a' if mfu is None else f'{mfu:.1%}':>5} | left: {left:>9}"
         )
         self.bar.update()
         return dict(dt_s=dt_s, tok_per_sec=rate) | ({} if mfu is None else dict(mfu=mfu))
@@ -84,21 +78,17 @@ class DelayedCalls:
     """
 
     def __init__(self, function, delay: bool):
-        self.function, self.delay, self.pending = function, delay, None
+        self.function, self.delay, self.pending = function, delay, deque()
 
     def add(self, *arguments) -> None:
         """Takes the arguments of a call."""
-        previous, self.pending = self.pending, arguments
-        if not self.delay:
-            self.flush()
-        elif previous:
-            self.function(*previous)
+        self.pending.append(arguments)
+        self.flush(keep=1 if self.delay else 0)
 
-    def flush(self) -> None:
-        """Makes the pending call, if there is one."""
-        pending, self.pending = self.pending, None
-        if pending:
-            self.function(*pending)
+    def flush(self, keep: int = 0) -> None:
+        """Makes the pending calls but the last `keep` ones."""
+        while len(self.pending) > keep:
+            self.function(*self.pending.popleft())
 
 
 def count_bad_steps(

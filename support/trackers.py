@@ -8,31 +8,6 @@ from pathlib import Path
 from support import run_log
 from support.errors import SettingError
 
-TRACKERS = ("tensorboard", "wandb")  # also the names of the packages
-
-
-def validate(tracker: str) -> None:
-    """Raises SettingError if there is no such tracker, or if its package is not installed."""
-    if tracker and tracker not in TRACKERS:
-        raise SettingError(f"tracker={tracker!r}: must be '', tensorboard or wandb")
-    if tracker and importlib.util.find_spec(tracker) is None:
-        raise SettingError(
-            f"tracker={tracker!r}: not installed; pip install {tracker}, or leave it out"
-        )
-
-
-def start(tracker: str, log_dir: Path, settings: dict, step: int, logged_steps: set[int]):
-    """The Tracker of a run that starts or continues at `step`.
-
-    settings: the run's settings by name, shown by wandb
-    logged_steps: training steps in log.txt, including those from `step` on that a kill undid
-    """
-    if tracker == "tensorboard":
-        return TensorBoard(log_dir, step, logged_steps)
-    if tracker == "wandb":
-        return WeightsAndBiases(log_dir, settings)
-    return Tracker()
-
 
 class Tracker:
     """Receives the values and texts of a run; this base class ignores them."""
@@ -53,24 +28,20 @@ class Tracker:
 class TensorBoard(Tracker):
     """Event files in `log_dir/tensorboard`.
 
-    `purge_step` makes readers drop earlier values of the steps that a resumed run repeats. They do
-    not drop texts, so a text of a step that was logged before is not written again.
+    A resumed run purges the earlier values of the steps that it repeats, but not their texts.
     """
 
-    def __init__(self, log_dir: Path, step: int, logged_steps: set[int]):
+    def __init__(self, log_dir: Path, settings: dict, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(log_dir / "tensorboard"), purge_step=step)
-        self.logged_steps = logged_steps
 
     def log(self, step, values):
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
     def log_text(self, step, name, text):
-        if step not in self.logged_steps:
-            self.writer.add_text(name, f"```\n{text}\n```", step)
-            self.flush()
+        self.writer.add_text(name, f"```\n{text}\n```", step)
 
     def flush(self):
         self.writer.flush()
@@ -86,7 +57,7 @@ class WeightsAndBiases(Tracker):
     the server has are not sent again: if a resumed run repeats them, they keep their first values.
     """
 
-    def __init__(self, log_dir: Path, settings: dict):
+    def __init__(self, log_dir: Path, settings: dict, step: int):
         import wandb
 
         id_file = log_dir / "wandb_id.txt"
@@ -114,3 +85,17 @@ class WeightsAndBiases(Tracker):
 
     def close(self):
         self.run.finish()
+
+
+# By the names of their packages; made with (log_dir, settings, first step) of a run.
+TRACKERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+
+
+def validate(tracker: str) -> None:
+    """Raises SettingError if there is no such tracker, or if its package is not installed."""
+    if tracker and tracker not in TRACKERS:
+        raise SettingError(f"tracker={tracker!r}: must be '', tensorboard or wandb")
+    if tracker and importlib.util.find_spec(tracker) is None:
+        raise SettingError(
+            f"tracker={tracker!r}: not installed; pip install {tracker}, or leave it out"
+        )

@@ -59,3 +59,37 @@ def test_sha256_is_that_of_the_content(tmp_path):
     (tmp_path / "empty").touch()
     assert files.sha256(tmp_path / "a").startswith("f4096a13")
     assert files.sha256(tmp_path / "empty").startswith("e3b0c44298fc1c14")
+
+
+def refuse(number: int):
+    """A stand-in for `os.fsync` of a file system that refuses it."""
+
+    def fsync(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    return fsync
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_fsync_is_written_to(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(os, "fsync", refuse(number))
+    files.write_text(tmp_path / "a.txt", "words")
+    files.sync(tmp_path)
+    assert (tmp_path / "a.txt").read_text() == "words"
+
+
+def test_a_directory_that_cannot_be_opened_is_not_synced(tmp_path, monkeypatch):
+    def refuse_to_open(path, flags):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse_to_open)
+    files.sync(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_failed_fsync_is_an_error(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(os, "fsync", refuse(number))
+    with pytest.raises(OSError, match=os.strerror(number)):
+        files.write_text(tmp_path / "a.txt", "words")
+    with pytest.raises(OSError, match=os.strerror(number)):
+        files.sync(tmp_path)

@@ -47,18 +47,30 @@ def steady(steps: int, batch: int = 2048, seconds: float = 0.5) -> str:
 
 
 def draw(*logs):
-    """(rows of axes, Figure) of some runs."""
-    figure = plot.draw(plot.read_runs(list(logs)))
+    """(rows of axes, Figure) of some runs, which have the names of their directories."""
+    runs = [plot.read_run(str(log)) for log in logs]
+    for run in runs:
+        run.name = run.directory.name
+    figure = plot.draw(runs)
     rows = {}
     for axes in figure.axes:
         rows.setdefault(axes.get_subplotspec().rowspan.start, []).append(axes)
     return list(rows.values()), figure
 
 
-def line(axes, label: str) -> tuple[list, list]:
-    """(x, y) of the line of that label."""
+def find_line(axes, label: str):
+    """The line of that label."""
     (found,) = (one for one in axes.get_lines() if one.get_label() == label)
-    return list(found.get_xdata()), list(found.get_ydata())
+    return found
+
+
+def line(axes, label: str) -> tuple[list, list]:
+    """(x in tokens or seconds, y) of the points that the line of that label shows."""
+    (x, y), unit = find_line(axes, label).get_data(), 1e6
+    if "time" in axes.figure.axes[-1].get_xlabel() and axes in axes.figure.axes[1::2]:
+        unit = 60
+    shown = np.isfinite(x)
+    return (x[shown] * unit).round(6).tolist(), y[shown].tolist()
 
 
 def labels(axes) -> list[str]:
@@ -67,11 +79,14 @@ def labels(axes) -> list[str]:
 
 def level_lines(axes) -> list[float]:
     """The values of the published lines."""
-    return [one.get_ydata()[0] for one in axes.get_lines() if one.get_linestyle() == "--"]
+    return [one.get_ydata()[0] for one in axes.get_lines() if one.get_color() == plot.GREY]
 
 
 def legend_names(figure) -> list[str]:
-    return [text.get_text() for text in figure.legends[0].get_texts()]
+    """The names of the runs in the legend, without the kinds of lines."""
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    return names[: names.index("each step")]
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:
@@ -97,25 +112,26 @@ def test_each_point_is_at_what_was_trained_before_its_step(tmp_path):
     log += "4 hella 0.26\n"
     rows, _ = draw(write_run(tmp_path / "a", log, progress, "x.txt"))
     (left, right), (hella, hella_time) = rows
-    assert line(left, "a each step") == ([0, 1, 3, 6], [10.8, 9, 8, 7])  # thousands
-    assert line(left, "a val") == ([0, 3, 10], [10.9, 8.5, 6])
-    assert line(right, "a each step") == ([0, 0.5, 1.25, 2.5], [10.8, 9, 8, 7])
+    assert line(left, "a train") == ([0, 1000, 3000, 6000], [10.8, 9, 8, 7])
+    assert line(left, "a val") == ([0, 3000, 10_000], [10.9, 8.5, 6])
+    assert line(right, "a train") == ([0, 0.5, 1.25, 2.5], [10.8, 9, 8, 7])
     assert line(right, "a val") == ([0, 1.25, 4], [10.9, 8.5, 6])
-    assert line(hella, "a hella") == ([10], [0.26]) and line(hella_time, "a hella") == ([4], [0.26])
+    assert line(hella, "a hella") == ([10_000], [0.26])
+    assert line(hella_time, "a hella") == ([4], [0.26])
 
 
 def test_a_log_of_build_nanogpt_has_its_batch_and_no_time(tmp_path):
     rows, figure = draw(write_run(tmp_path / "theirs", NANOGPT))
     assert [len(row) for row in rows] == [1, 1]
-    assert line(rows[0][0], "theirs val") == ([0, 250 * 524_288 / 1e6], [10.9504, 5.9])
-    assert line(rows[1][0], "theirs hella") == ([0, 250 * 524_288 / 1e6], [0.2463, 0.25])
-    assert legend_names(figure) == ["theirs (524,288 tokens a step assumed)"]
+    assert line(rows[0][0], "theirs val") == ([0, 250 * 524_288], [10.9504, 5.9])
+    assert line(rows[1][0], "theirs hella") == ([0, 250 * 524_288], [0.2463, 0.25])
+    assert legend_names(figure) == ["theirs (524,288 tokens per step assumed)"]
 
 
 def test_without_progress_the_batch_is_that_of_run_json(tmp_path):
     rows, figure = draw(write_run(tmp_path / "a", NANOGPT, data="input.txt"))
-    assert line(rows[0][0], "a val")[0] == [0, 250 * 2.048]
-    assert legend_names(figure) == ["a (2,048 tokens a step assumed)"]
+    assert line(rows[0][0], "a val")[0] == [0, 250 * 2048]
+    assert legend_names(figure) == ["a (2,048 tokens per step assumed)"]
 
 
 @pytest.mark.parametrize("rest", ["", "2 6144", "2 6144 1.", "2"])
@@ -123,12 +139,12 @@ def test_what_progress_does_not_know_yet_is_left_out(tmp_path, rest):
     """Two lines, and a third that is incomplete, perhaps in the middle of a number."""
     log = stream("train", {i: 10 - i for i in range(6)})
     ((left, right),), _ = draw(write_run(tmp_path / "a", log, steady(2) + rest, "x.txt"))
-    assert line(left, "a each step") == ([0, 2.048, 4.096], [10, 9, 8])
-    assert line(right, "a smoothed")[0] == [0, 0.5, 1]
+    assert line(left, "a train") == ([0, 2048, 4096], [10, 9, 8])
+    assert line(right, "a train mean")[0] == [0, 0.5, 1]
 
 
 def test_a_progress_txt_without_a_line_counts_as_missing(tmp_path):
-    rows, _ = draw(write_run(tmp_path / "a", NANOGPT, progress="0 2048", data="x.txt"))
+    rows, _ = draw(write_run(tmp_path / "a", NANOGPT, progress="a 1 2\n0 2048", data="x.txt"))
     assert len(rows[0]) == 1
 
 
@@ -140,18 +156,20 @@ def test_a_run_without_times_has_no_line_over_time(tmp_path):
         assert {label.split()[0] for label in labels(right)} == {"ours"}
 
 
-@pytest.mark.parametrize("end", ["", "3 train 7.", "3 tra", "3", "\n\n", "3 other 1\n"])
+@pytest.mark.parametrize(
+    "end", ["", "3 train 7.", "3 tra", "3", "\n\n", "3 train x\n", "3 train 1 2\n"]
+)
 def test_only_complete_lines_count(tmp_path, end):
     log = stream("train", {0: 10, 1: 9, 2: 8}) + end
     ((axes,),), _ = draw(write_run(tmp_path / "a", log))
-    assert line(axes, "a each step")[1] == [10, 9, 8]
+    assert line(axes, "a train")[1] == [10, 9, 8]
 
 
 def test_bytes_that_are_not_text_are_no_error(tmp_path):
     log = Path(write_run(tmp_path / "a", "")) / "log.txt"
     log.write_bytes(b"0 train 10\n\xff\xfe train 3\n1 \xff 3\n1 train 9\n")
-    ((axes,),), _ = draw(log)
-    assert line(axes, "a each step")[1] == [10, 9]
+    ((axes,), _), _ = draw(log)  # and a panel of the stream \xff
+    assert line(axes, "a train")[1] == [10, 9]
 
 
 def test_what_is_not_finite_is_left_out(tmp_path):
@@ -160,14 +178,14 @@ def test_what_is_not_finite_is_left_out(tmp_path):
     log = stream("train", train) + stream("val", {0: "inf", 100: 5, 200: "nan"})
     ((axes,),), _ = draw(write_run(tmp_path / "a", log + "9 hella nan\n"))
     kept = [value for value in train.values() if not isinstance(value, str)]
-    assert line(axes, "a each step")[1] == kept and line(axes, "a val")[1] == [5]
-    assert np.isfinite(line(axes, "a smoothed")[1]).all() and np.isfinite(axes.get_ylim()).all()
+    assert line(axes, "a train")[1] == kept and line(axes, "a val")[1] == [5]
+    assert np.isfinite(line(axes, "a train mean")[1]).all() and np.isfinite(axes.get_ylim()).all()
 
 
 def test_a_step_that_was_logged_twice_has_its_last_value(tmp_path):
     log = "0 train 9\n1 train 8\n2 train 7\n1 train 8.5\n"
     ((axes,),), _ = draw(write_run(tmp_path / "a", log))
-    assert line(axes, "a each step")[1] == [9, 8.5, 7]
+    assert line(axes, "a train")[1] == [9, 8.5, 7]
 
 
 @pytest.mark.parametrize(
@@ -178,7 +196,7 @@ def test_a_single_point_is_visible(tmp_path, log, data):
     rows, _ = draw(write_run(tmp_path / "a", log, steady(9), data))
     for axes, _ in rows:
         for one in axes.get_lines():
-            if one.get_linestyle() != "--" and len(one.get_xdata()) == 1:
+            if one.get_color() != plot.GREY:
                 assert one.get_marker() not in ("", "None", None)
                 assert axes.get_ylim()[0] < one.get_ydata()[0] < axes.get_ylim()[1]
                 assert axes.get_xlim()[0] < one.get_xdata()[0] < axes.get_xlim()[1]
@@ -187,44 +205,44 @@ def test_a_single_point_is_visible(tmp_path, log, data):
 def test_the_last_of_many_points_has_a_marker(tmp_path):
     log = stream("val", {250 * i: 4 for i in range(80)})
     ((axes,),), _ = draw(write_run(tmp_path / "a", log))
-    (one,) = (one for one in axes.get_lines() if one.get_label() == "a val")
-    marked = list(range(80))[one.get_markevery()[0] :: one.get_markevery()[1]]
-    assert len(one.get_xdata()) == 80 and 15 < len(marked) <= plot.MARKERS_SHOWN
-    assert marked[-1] == 79
+    one = find_line(axes, "a val")
+    marked = list(range(80))[one.get_markevery()]
+    assert len(one.get_xdata()) == 80 and 15 < len(marked) <= 25 and marked[0] == 79
 
 
 # -------------------------------------------------------------------------------------------------
-# Smoothing, thinning, limits, units
+# Panels, smoothing, limits
 
 
-@pytest.mark.parametrize("n", [1, 2, 49, 50, 100, 301, 1000])
+def test_a_second_validation_set_is_in_the_panel_of_the_loss_and_other_streams_have_their_own(
+    tmp_path,
+):
+    log = stream("train", {0: 10.8, 1: 9}) + stream("val", {0: 10.9, 2: 8})
+    log += stream("val_books", {0: 10.7, 2: 8.5}) + stream("grad_noise", {0: 3, 1: 2})
+    log += stream("hella", {2: 0.26}) + "1 note good\n"
+    rows, figure = draw(write_run(tmp_path / "a", log, steady(2), "x.txt"))
+    assert [row[0].get_ylabel() for row in rows] == [*plot.LABELS.values(), "grad_noise"]
+    (loss, _), _, (noise, noise_time) = rows
+    assert labels(loss) == ["a train", "a train mean", "a val", "a val_books"]
+    assert line(loss, "a val_books") == ([0, 4096], [10.7, 8.5])
+    assert line(noise, "a grad_noise") == ([0, 2048], [3, 2])
+    assert line(noise_time, "a grad_noise") == ([0, 0.5], [3, 2])
+    markers = {name: find_line(loss, f"a {name}").get_marker() for name in ("val", "val_books")}
+    assert len(set(markers.values())) == 2
+    (legend,) = figure.legends
+    kinds = {text.get_text(): handle.get_marker() for text, handle in
+             zip(legend.get_texts(), legend.legend_handles)}  # fmt: skip
+    assert [*kinds] == ["a", "each step", "mean of 2% of the steps", "val", "val_books"]
+    assert markers.items() <= kinds.items()
+
+
+@pytest.mark.parametrize("n", [1, 2, 49, 99, 100, 301, 1000])
 def test_smoothing_is_the_mean_of_2_percent(n):
     values = np.random.default_rng(n).normal(size=n) + np.linspace(9, 3, n)
     half = n // 100
-    expected = []
-    for i in range(n):
-        before = min(half, i)
-        expected.append(
-            sum(values[i - before : i + before + 1]) / len(values[i - before : i + before + 1])
-        )
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(n)]
+    expected = [sum(window) / len(window) for window in windows]
     np.testing.assert_allclose(plot.smooth(values), expected, rtol=1e-10)
-
-
-def test_smoothing_keeps_the_ends():
-    """Of a constant: the constant. Of a fall: the fall, except for half a window at the end."""
-    np.testing.assert_allclose(plot.smooth(np.full(1000, 3.3)), 3.3)
-    fall = np.linspace(11, 3, 1000)
-    np.testing.assert_allclose(plot.smooth(fall)[:-10], fall[:-10])
-    assert 3 <= plot.smooth(fall)[-1] < 3.05
-
-
-@pytest.mark.parametrize("n", [5, 1999, 2001, 20_000, 20_001])
-def test_a_thinned_line_keeps_its_extremes(n):
-    y = np.random.default_rng(n).normal(size=n)
-    y[n // 3], y[-1] = 100, -100
-    x, thinned = plot.thin(np.arange(n), y)
-    assert len(x) <= 2 * plot.BUCKETS and (np.diff(x) > 0).all() and (y[x] == thinned).all()
-    assert {100, -100} <= set(thinned)
 
 
 def gpt2_losses(steps: int) -> dict[int, float]:
@@ -251,31 +269,17 @@ def test_a_loss_that_diverges_leaves_room_for_the_rest(tmp_path):
     assert 10.9 < axes.get_ylim()[1] < 12 and axes.get_ylim()[0] < 6.9
 
 
-@pytest.mark.parametrize("column, largest, divisor, label", [
-    ("tokens", 0, 1, "tokens trained on"),
-    ("tokens", 614_400, 1e3, "tokens trained on (thousands)"),
-    ("tokens", 524_288_000, 1e6, "tokens trained on (M)"),
-    ("tokens", 1e10, 1e9, "tokens trained on (B)"),
-    ("seconds", 123, 1, "training time (s)"),
-    ("seconds", 600, 60, "training time (min)"),
-    ("seconds", 6 * 3600, 3600, "training time (h)"),
-    ("seconds", 5 * 86400, 86400, "training time (days)"),
-])  # fmt: skip
-def test_units_fit_the_axis(column, largest, divisor, label):
-    assert plot.choose_unit(column, largest) == (divisor, label)
-
-
 def test_axes_are_labelled(tmp_path):
     progress = steady(251, batch=524_288, seconds=60)
-    rows, figure = draw(write_run(tmp_path / "a", NANOGPT, progress, "x.txt"))
+    rows, _ = draw(write_run(tmp_path / "a", NANOGPT, progress, "x.txt"))
     assert [row[0].get_ylabel() for row in rows] == [
         "loss (nats per token)",
         "HellaSwag (acc_norm)",
     ]
     below = [axes.get_xlabel() for axes in rows[-1]]
-    assert below == ["tokens trained on (M)", "training time (h)"]
-    kinds = [text.get_text() for text in figure.legends[1].get_texts()]
-    assert kinds == ["training loss, each step", "mean of 2% of the steps", "validation loss"]
+    assert below == ["tokens (millions)", "training time (minutes)"]
+    x, _ = find_line(rows[0][1], "a val").get_data()
+    assert list(x) == [0, 250]
 
 
 def test_without_hellaswag_there_is_no_row_for_it(tmp_path):
@@ -301,7 +305,7 @@ def test_the_published_loss_is_drawn_only_for_fineweb(tmp_path, data, shown):
         assert level_lines(axes) == [0.2955, 0.337]
     texts = [text.get_text() for axes in (rows[0][-1], rows[1][-1]) for text in axes.texts]
     assert any("3.2924" in text for text in texts) == shown
-    assert {"GPT-2 124M\n0.2955", "GPT-3 124M\n0.337"} <= set(texts)
+    assert {"GPT-2 124M 0.2955", "GPT-3 124M 0.337"} <= set(texts)
     assert not rows[0][0].texts and not rows[1][0].texts  # once, right of the last column
 
 
@@ -318,57 +322,37 @@ def test_a_damaged_run_json_does_not_count_as_fineweb(tmp_path, content):
 # Several runs
 
 
-def test_runs_differ_in_colour_and_in_grey(tmp_path):
-    logs = [write_run(tmp_path / f"run{i}", NANOGPT, steady(251)) for i in range(28)]
+def test_runs_differ_in_colour_and_then_in_the_kind_of_line(tmp_path):
+    logs = [write_run(tmp_path / f"run{i}", NANOGPT) for i in range(28)]
     rows, figure = draw(*logs)
-    looks = set()
-    for i in range(28):
-        (one,) = (one for one in rows[0][0].get_lines() if one.get_label() == f"run{i} val")
-        (smoothed,) = (x for x in rows[0][0].get_lines() if x.get_label() == f"run{i} smoothed")
-        looks.add((one.get_color(), str(smoothed._unscaled_dash_pattern), one.get_marker()))
-        if i < 4:
-            assert [len(set(each)) for each in zip(*looks)] == [i + 1] * 3
-    assert len(looks) == 28
-    assert legend_names(figure) == [f"run{i}" for i in range(28)]
-
-
-@pytest.mark.parametrize("paths, names", [
-    (["x/a", "x/b"], ["a", "b"]),
-    (["x/lr1/log", "x/lr2/log", "y/tiny"], ["lr1/log", "lr2/log", "tiny"]),
-    (["x/1/log", "y/1/log"], ["x/1/log", "y/1/log"]),
-    (["x/a", "x/a", "x/../x/a"], ["a"]),
-    (["_a", r"$\frac$"], ["_a", r"$\frac$"]),
-])  # fmt: skip
-def test_names_are_as_long_as_they_must_be(tmp_path, paths, names):
-    for path in paths:
-        if not (tmp_path / path).exists():
-            write_run(tmp_path / path, "0 val 10\n")
-    _, figure = draw(*(str(tmp_path / path) for path in paths))
-    figure.draw_without_rendering()  # a $ in a name starts no formula, which could be wrong
-    assert legend_names(figure) == [name.replace("/", os.sep) for name in names]
-
-
-def test_a_root_among_the_names(tmp_path):
-    assert plot.distinct_names([Path("/log"), Path("/x/log")]) == [
-        str(Path("/log")),
-        str(Path("x/log")),
+    lines = [find_line(rows[0][0], f"run{i} train mean") for i in range(28)]
+    assert len({one.get_color() for one in lines[:7]}) == 7
+    assert len({(one.get_color(), one.get_linestyle()) for one in lines}) == 28
+    names = [f"run{i} (524,288 tokens per step assumed)" for i in range(28)]
+    assert legend_names(figure) == names
+    assert [one.get_color() for one in figure.legends[0].legend_handles[:28]] == [
+        one.get_color() for one in lines
     ]
 
 
-def test_a_very_long_name_is_shortened(tmp_path):
-    _, figure = draw(write_run(tmp_path / ("a" * 100 + "b" * 100), "0 val 10\n"))
-    assert legend_names(figure) == ["a" * 35 + "…" + "b" * 35]
+def test_the_name_of_a_run_is_what_was_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["x/log", "y/../y/log", "_a", r"$\frac$", "x/log/log.txt"]
+    for name in ("x/log", "y/log", "_a", r"$\frac$"):
+        write_run(tmp_path / name, "0 val 10\n", steady(1))
+    figure = plot.draw([plot.read_run(name) for name in names])
+    figure.draw_without_rendering()  # a $ in a name starts no formula, which could be wrong
+    assert legend_names(figure) == names
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 12])
+@pytest.mark.parametrize("count", [1, 12])
 def test_nothing_overlaps(tmp_path, count):
-    """Legends, labels and axes, in the layout of the PNG: no two overlap, none is cut off."""
+    """Legend, labels and axes, in the layout of the PNG: no two overlap, none is cut off."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    logs = [
-        write_run(tmp_path / f"{i}_{'name' * (3 * i)}", NANOGPT, steady(251, 524_288))
-        for i in range(count)
-    ]
+    log, progress = NANOGPT + "1 other 2\n", steady(251, 524_288)
+    names = [f"{i}_{'name' * (3 * i)}" for i in range(count)]
+    logs = [write_run(tmp_path / name, log, progress) for name in names]
     rows, figure = draw(*logs)
     figure.draw_without_rendering()  # lays it out
     renderer = FigureCanvasAgg(figure).get_renderer()
@@ -380,8 +364,9 @@ def test_nothing_overlaps(tmp_path, count):
         boxes.append(row[0].yaxis.get_tightbbox(renderer).padded(-3))
     boxes += [axes.xaxis.label.get_window_extent(renderer) for axes in rows[-1]]
     for number, box in enumerate(boxes):
-        assert box.x0 > -1 and box.y0 > -1
-        assert box.x1 < figure.bbox.width + 1 and box.y1 < figure.bbox.height + 1
+        if number > 0:  # the legend is below the figure, and the PNG is larger
+            assert box.x0 > -1 and box.y0 > -1
+            assert box.x1 < figure.bbox.width + 1 and box.y1 < figure.bbox.height + 1
         for other in boxes[:number]:
             wide = min(box.x1, other.x1) - max(box.x0, other.x0)
             high = min(box.y1, other.y1) - max(box.y0, other.y0)
@@ -392,25 +377,25 @@ def test_nothing_overlaps(tmp_path, count):
 # The command
 
 
-def test_20000_steps_make_a_small_picture(tmp_path, capsys):
-    """Four such runs in one PNG: opaque, as wide as it should be, below 300 kB."""
-    logs = []
-    for i in range(4):
-        noise = np.random.default_rng(i).normal(size=20_000) * 0.05
-        losses = {s: v + noise[s] + i / 20 for s, v in gpt2_losses(20_000).items()}
-        val = stream("val", {s: losses[s] for s in range(0, 20_000, 250)})
-        hella = stream("hella", {s: 0.25 + s * 3e-6 for s in range(0, 20_000, 250)})
-        log = stream("train", losses) + val + hella
-        logs.append(write_run(tmp_path / f"run{i}", log, steady(20_000, 524_288)))
-    code, out, _ = run(capsys, *logs)
-    picture = (tmp_path / "run0/curves.png").read_bytes()
-    assert code == 0 and out.endswith("curves.png: run0, run1, run2, run3\n")
+def test_20000_steps_make_a_small_picture_with_all_of_the_legend(tmp_path, monkeypatch, capsys):
+    """Two such runs in one PNG: opaque, a bit larger than the figure, below 300 kB."""
+    noise = np.random.default_rng(0).normal(size=20_000) * 0.05
+    losses = {s: v + noise[s] for s, v in gpt2_losses(20_000).items()}
+    log = stream("train", losses) + stream("val", {s: losses[s] for s in range(0, 20_000, 250)})
+    monkeypatch.chdir(tmp_path)
+    names = "a", "b" * 180
+    for name in names:
+        write_run(Path(name), log)
+    code, out, _ = run(capsys, *names)
+    picture = Path("a/curves.png").read_bytes()
+    assert code == 0 and out == f"a/curves.png: a, {names[1]}\n"
     assert picture[:8] == b"\x89PNG\r\n\x1a\n" and 20_000 < len(picture) < 300_000
-    assert struct.unpack(">II", picture[16:24])[0] == 1300
+    width, height = struct.unpack(">II", picture[16:24])
+    assert 1300 < width < 2500 and 500 < height < 900  # as wide as the longest name
     from matplotlib.image import imread
 
-    corner = imread(tmp_path / "run0/curves.png")[0, 0]
-    assert corner[:3].tolist() == [1, 1, 1] and (len(corner) == 3 or corner[3] == 1)
+    pixels = imread("a/curves.png")
+    assert (pixels[0, 0, :3] == 1).all() and (pixels[..., 3:] == 1).all()
 
 
 def test_a_dark_matplotlibrc_changes_nothing(tmp_path):
@@ -420,7 +405,7 @@ def test_a_dark_matplotlibrc_changes_nothing(tmp_path):
         ((axes,),), figure = draw(write_run(tmp_path / "a", "0 train 10\n1 train 9\n"))
     white = (1, 1, 1, 1)
     assert axes.get_facecolor() == white and figure.get_facecolor() == white
-    assert axes.yaxis.label.get_color() == plot.DARK
+    assert axes.yaxis.label.get_color() == "black"
 
 
 @pytest.mark.parametrize("arguments, place", [
@@ -442,8 +427,8 @@ def test_where_the_picture_goes(tmp_path, monkeypatch, capsys, arguments, place)
 class Blank:
     """Replaces a Figure in tests of the file only."""
 
-    def savefig(self, file, **settings):
-        file.write(b"a picture")
+    def savefig(self, path, **settings):
+        path.write_bytes(b"a picture")
 
 
 def test_a_failed_write_leaves_the_earlier_picture(tmp_path, monkeypatch):
@@ -471,19 +456,18 @@ def test_help_is_short_and_complete(capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["progress"], "progress.txt: cannot be read (invalid literal for int() with base 10: 'a')"),
-    ([], "log: no such directory; train a model (python train_gpt2.py tiny creates log_tiny)"),
-    (["nowhere"], "nowhere: no such directory"),
-    (["good", "nowhere"], "nowhere: no such directory"),
-    (["empty"], "empty: no log.txt in it; give the log_dir of a run, or a log.txt"),
+    ([], "log: cannot be read (No such file or directory); give the log directory of a run or its"),
+    (["nowhere"], "nowhere: cannot be read (No such file or directory)"),
+    (["good", "nowhere"], "nowhere: cannot be read (No such file or directory)"),
+    (["empty"], "empty/log.txt: cannot be read (No such file or directory); give the log"),
     (["blank"], "log.txt: has no line `step stream value`"),
     (["partial"], "log.txt: has no line `step stream value`"),
     (["nan"], "log.txt: has no line `step stream value`"),
-    (["damaged"], "log.txt: cannot be read (could not convert string to float: 'x')"),
+    (["damaged"], "log.txt: has no line `step stream value`"),
     (["odd"], "log.txt: cannot be read (Is a directory)"),
-    (["good", "-o", "no/where/x.png"], "out='no/where/x.png': no directory no/where; create it"),
+    (["good", "-o", "no/where/x.png"], "out='no/where/x.png': cannot be written (No such file or"),
     (["good", "-o", "taken.png"], "out='taken.png': cannot be written (Is a directory); choose"),
-    (["good", "-o", "good/log.txt/x.png"], "out='good/log.txt/x.png': no directory good/log.txt"),
+    (["good", "-o", "good/log.txt/x.png"], "x.png': cannot be written (Not a directory); choose"),
     (["good", "-o", "x.pdf"], "out='x.pdf': must end in .png"),
     (["good", "--colour=red"], "unrecognized arguments: --colour=red; --help lists"),
     (["good", "-o"], "argument -o/--out: expected one argument; --help lists"),
@@ -492,9 +476,9 @@ def test_help_is_short_and_complete(capsys):
 def test_wrong_input_is_one_line_and_code_2(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     logs = dict(good="0 val 10\n", blank="", partial="0 val 10", nan="0 val nan\n",
-                damaged="0 val x\n", progress="0 val 10\n")  # fmt: skip
+                damaged="0 val x\n")  # fmt: skip
     for name, log in logs.items():
-        write_run(tmp_path / name, log, "a 1 2\n" if name == "progress" else None)
+        write_run(tmp_path / name, log)
     (tmp_path / "empty").mkdir()
     (tmp_path / "odd/log.txt").mkdir(parents=True)
     (tmp_path / "taken.png").mkdir()

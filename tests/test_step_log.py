@@ -3,54 +3,83 @@
 import os
 import pty
 import re
-import subprocess
 import sys
-import time
+import threading
 
-from conftest import ROOT, assert_same_end, command_line, environment
+import pytest
+from conftest import assert_same_end
 
 import train_gpt2
+from support.step_log import DelayedCalls
 
 
 def lines_of(output: str) -> list[str]:
     return [line for line in output.splitlines() if re.match(r"step +\d+ \| loss", line)]
 
 
-def test_the_lines_of_steps_are_of_one_width(small, capsys):
-    train_gpt2.train(small(max_steps=12, max_lr=1.0, warmup_steps=8))
-    output = capsys.readouterr().out
-    assert len(lines_of(output)) == 12 and len({len(line) for line in lines_of(output)}) == 1
+@pytest.fixture
+def terminal(monkeypatch):
+    """A function: function -> what it shows if standard output is a terminal of 100 columns."""
+
+    def call(function) -> str:
+        master, slave = pty.openpty()
+        os.system(f"stty cols 100 rows 30 < {os.ttyname(slave)}")
+        shown = []
+
+        def read() -> None:
+            try:
+                while piece := os.read(master, 65536):
+                    shown.append(piece)
+            except OSError:  # the terminal is closed
+                pass
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        with open(slave, "w") as file, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", file)
+            function()
+        reader.join(timeout=60)
+        return b"".join(shown).decode()
+
+    return call
 
 
-def on_a_terminal(command: list[str], **variables) -> str:
-    """What a command shows on a terminal of 100 columns."""
-    master, slave = pty.openpty()
-    subprocess.run(["stty", "cols", "100", "rows", "30"], stdin=slave, check=True)
-    process = subprocess.Popen(
-        command, stdin=slave, stdout=slave, stderr=slave, env=environment(**variables)
-    )
-    os.close(slave)
-    shown, deadline = b"", time.monotonic() + 120
-    while time.monotonic() < deadline:
-        try:
-            piece = os.read(master, 65536)
-        except OSError:  # the last writer is gone
-            break
-        shown += piece
-    assert process.wait(timeout=10) == 0, shown.decode()
-    return shown.decode()
-
-
-def test_a_terminal_has_a_bar_and_bold_lines_and_a_file_has_neither(small, tmp_path, capsys):
-    settings = dict(val_every=2, val_tokens=320)
+def test_a_terminal_has_a_bar_and_bold_lines_and_a_file_has_neither(
+    small, tmp_path, terminal, capsys
+):
+    """The lines of steps are of one width, also if the numbers in them differ much."""
+    settings = dict(val_every=2, max_steps=12, max_lr=1.0, warmup_steps=8)
     shown_run = small(log_dir=str(tmp_path / "shown"), **settings)
-    command = [sys.executable, str(ROOT / "train_gpt2.py"), *command_line(shown_run)]
-    shown = on_a_terminal(command)
+    shown = terminal(lambda: train_gpt2.train(shown_run))
     assert "\x1b[1mstep     2 | validation loss" in shown and "step/s" in shown
-    assert re.search(r"\d+%\|.*\| \d/4 ", shown)
+    assert re.search(r"\d+%\|.*\| \d+/12 ", shown)
     quiet = small(log_dir=str(tmp_path / "quiet"), **settings)
     train_gpt2.train(quiet)
     output, errors = capsys.readouterr()
     assert not set("\x1b\r") & set(output + errors) and "step/s" not in output + errors
-    assert len(lines_of(output)) == 4
+    assert len(lines_of(output)) == 12 and len({len(line) for line in lines_of(output)}) == 1
     assert_same_end(shown_run, quiet)
+
+
+def test_delayed_calls_are_made_at_the_next_one_or_at_a_flush():
+    """A call that raises an exception is not repeated, and the next one is still made."""
+    made = []
+
+    def call(number, word):
+        made.append(number)
+        if word == "raise":
+            raise ValueError
+
+    at_once = DelayedCalls(call, delay=False)
+    at_once.add(1, "a")
+    assert made == [1]
+    late = DelayedCalls(call, delay=True)
+    late.add(2, "raise")
+    assert made == [1]
+    with pytest.raises(ValueError):
+        late.add(3, "a")
+    late.add(4, "a")
+    assert made == [1, 2, 3]
+    late.flush()
+    late.flush()
+    assert made == [1, 2, 3, 4]
