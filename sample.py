@@ -12,6 +12,7 @@ device computes differently for another number of rows.
 """
 
 import codecs
+import itertools
 import sys
 import time
 from dataclasses import dataclass
@@ -125,15 +126,10 @@ def find_models(config: Config, prompt: list[int]) -> list[tuple[str, Path]]:
 # Texts
 
 
-class Decoder:
-    """Decodes ids one after the other; returns a character when its last byte has arrived."""
-
-    def __init__(self):
-        self.token_bytes = tokenizer.get_encoding().decode_single_token_bytes
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def __call__(self, ids: list[int], last: bool = False) -> str:
-        return self.decoder.decode(b"".join(map(self.token_bytes, ids)), last)
+def decode_pieces(ids):
+    """Yields the text of an iterable of ids; a character when its last byte has arrived."""
+    token_bytes = tokenizer.get_encoding().decode_single_token_bytes
+    return codecs.iterdecode(map(token_bytes, ids), "utf-8", errors="replace")
 
 
 def stream_ids(model: GPT, prompt: list[int], rows: range, config: Config, device: torch.device):
@@ -154,29 +150,28 @@ def stream_ids(model: GPT, prompt: list[int], rows: range, config: Config, devic
 def write_batch(model, name, prompt, rows: range, config: Config, runtime: Runtime) -> int:
     """Writes the texts `rows` to standard output; returns the number of generated tokens."""
     several, generated = len(config.models) > 1 or config.num > 1, 0
-    decoders = [Decoder() for _ in rows]
-    texts = [decoder(prompt) for decoder in decoders]
-    if several:
-        texts = [heading(name, row, config) + text for row, text in zip(rows, texts)]
+    number = f", text {{}} of {config.num}" if config.num > 1 else ""
+
+    def until_stop(ids):
+        nonlocal generated
+        for id in ids:
+            if config.stop and id == tokenizer.END_OF_TEXT_ID:
+                return
+            generated += 1
+            yield id
+
     with runtime.autocast():
-        for new in stream_ids(model, prompt, rows, config, runtime.device):
-            for i, id in enumerate(new[:, 0].tolist()):
-                if not (config.stop and id == tokenizer.END_OF_TEXT_ID):
-                    texts[i] += decoders[i]([id])
-                    generated += 1
-            if config.stream:  # this is the only text of the batch
-                print(texts[0], end="", flush=True)
-                texts[0] = ""
-    for i, decoder in enumerate(decoders):
-        texts[i] += decoder([], last=True) + ("\n\n" if several else "\n")
-    print("".join(texts), end="", flush=True)
+        steps = stream_ids(model, prompt, rows, config, runtime.device)
+        steps = (new[:, 0].tolist() for new in steps)
+        # The ids of each row: those of the only one as they are generated, or all at the end.
+        texts = [(id for [id] in steps)] if config.stream else zip(*steps)
+        for row, ids in zip(rows, texts):
+            if several:
+                print(f"--- {name}{number.format(row + 1)}")
+            for piece in decode_pieces(itertools.chain(prompt, until_stop(ids))):
+                print(piece, end="", flush=config.stream)
+            print("\n" if several else "", flush=True)
     return generated
-
-
-def heading(name: str, row: int, config: Config) -> str:
-    """The line above a text."""
-    number = f", text {row + 1} of {config.num}" if config.num > 1 else ""
-    return f"--- {name}{number}\n"
 
 
 def main() -> int:

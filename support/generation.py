@@ -102,16 +102,15 @@ def generate_texts(
     """
     encoding = tokenizer.get_encoding()
     ids = encoding.encode_ordinary(prompt) or [encoding.eot_token]
-    texts = {}
+    texts = []
     for first in range(0, num, runtime.world_size):
         check_signals()
-        i = first + runtime.rank
-        if i >= num:
-            continue
-        generator = torch.Generator(device=runtime.device).manual_seed(42 + i)
-        idx = torch.tensor([ids], device=runtime.device)
-        with runtime.autocast():
-            idx = model.generate(idx, max_new_tokens, top_k=50, generator=generator)
-        texts[i] = encoding.decode(idx[0].tolist())
-    texts = {i: text for part in runtime.all_gather(texts) for i, text in part.items()}
-    return [texts[i] for i in sorted(texts)]
+        i, text = first + runtime.rank, None
+        if i < num:
+            generator = torch.Generator(device=runtime.device).manual_seed(42 + i)
+            idx = torch.tensor([ids], device=runtime.device)
+            with runtime.autocast():
+                idx = model.generate(idx, max_new_tokens, top_k=50, generator=generator)
+            text = encoding.decode(idx[0].tolist())
+        texts += runtime.all_gather(text)
+    return texts[:num]

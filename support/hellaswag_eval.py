@@ -26,13 +26,14 @@ from support import tokenizer
 from support.distributed import Runtime
 from support.errors import UserError
 from support.files import replacing
+from support.fused_loss import IGNORE_INDEX
 from support.launch import print0
 from support.shards import find_data
 
 STYLES = ("completion", "harness", "choice")
 FOLDER = Path(__file__).resolve().parent.parent / "hellaswag"
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{}.jsonl"
-EXAMPLES = {"train": 39905, "val": 10042, "test": 10003}
+EXAMPLES = {"train": 39905, "val": 10042}
 # Tokens in one forward pass. On a CPU its working set should fit the caches.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768, "mps": 16384}
 LOSS_CHUNK = {"cpu": 256, "cuda": 4096, "mps": 2048}  # positions whose logits exist at a time
@@ -48,14 +49,14 @@ def find_file(split: str = "val", data: str | None = None) -> Path:
     data: another file to use instead
     Raises UserError if the file does not exist and cannot be downloaded.
     """
-    if data is not None:
-        if not Path(data).is_file():
-            raise UserError(f"data={data!r}: no such file; python hellaswag.py downloads one")
-        return Path(data)
-    path = FOLDER / f"hellaswag_{split}.jsonl"
-    if not _is_complete(path, split):
-        _download_once(path, split)
-    return path
+    if data is None:
+        path = FOLDER / f"hellaswag_{split}.jsonl"
+        if not _is_complete(path, split):
+            _download_once(path, split)
+        return path
+    if not Path(data).is_file():
+        raise UserError(f"data={data!r}: no such file; python hellaswag.py downloads one")
+    return Path(data)
 
 
 def _is_complete(path: Path, split: str) -> bool:
@@ -67,17 +68,16 @@ def _download_once(path: Path, split: str) -> None:
     """Downloads a split, in one process of this machine while the others wait for it."""
     from filelock import FileLock, Timeout
 
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         path.parent.mkdir(exist_ok=True)
-        lock = FileLock(path.with_name(f".{path.name}.lock"))
-        try:
-            with lock.acquire(blocking=False):
-                if not _is_complete(path, split):
-                    _download(path, split)
-        except Timeout:  # another process holds the lock; if it fails, this one would fail too
-            with lock:
-                if not _is_complete(path, split):
-                    raise UserError(f"{path}: another process could not download it") from None
+        with lock.acquire(blocking=False):
+            if not _is_complete(path, split):
+                _download(path, split)
+    except Timeout:  # another process downloads it; if that fails, this one would fail too
+        with lock:
+            if not _is_complete(path, split):
+                raise UserError(f"{path}: another process could not download it") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; put the file there") from None
 
@@ -103,18 +103,15 @@ def _download(path: Path, split: str) -> None:
         partial.write_bytes(content)
 
 
-def read_examples(path: Path, limit: int = 0, labelled: bool = True) -> list[dict]:
-    """The examples of a file, or its first `limit`. Raises UserError if one is not valid.
-
-    labelled: False for the test split, whose answers are not public
-    """
+def read_examples(path: Path, limit: int = 0) -> list[dict]:
+    """The examples of a file, or its first `limit`. Raises UserError if one is not valid."""
     examples, number = [], 0
     try:
         with open(path, "rb") as file:
             for line in file:
                 number += 1
                 if line.strip():
-                    examples.append(_parse_example(line, labelled))
+                    examples.append(_parse_example(line))
                 if len(examples) == limit > 0:
                     break
     except OSError as error:
@@ -126,24 +123,22 @@ def read_examples(path: Path, limit: int = 0, labelled: bool = True) -> list[dic
     return examples
 
 
-def _parse_example(line: bytes, labelled: bool) -> dict:
+def _parse_example(line: bytes) -> dict:
     """The example of a line, its label an int."""
     example = json.loads(line)
-    endings = example["endings"]
+    endings, label = example["endings"], int(example["label"])
     texts = [example["activity_label"], example["ctx"], *endings]
     texts += [example[name] for name in ("ctx_a", "ctx_b") if name in example]
     if not isinstance(endings, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError("activity_label, ctx and endings must be text")
-    if labelled:
-        example["label"] = int(example["label"])
-    if len(endings) != 4 or labelled and not 0 <= example["label"] < 4:
+    if len(endings) != 4 or not 0 <= label < 4:
         raise ValueError("there must be four endings, and label the index of one of them")
-    return example
+    return example | {"label": label}
 
 
 def iterate_examples(split: str):
-    """Yields the examples of a split (`train`, `val`, `test`) as dictionaries."""
-    yield from read_examples(find_file(split), labelled=split != "test")
+    """Yields the examples of a split (`train`, `val`) as dictionaries."""
+    yield from read_examples(find_file(split))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -237,9 +232,10 @@ def render_example(example: dict):
 # -------------------------------------------------------------------------------------------------
 # Batches: the context is computed once for its four endings, which follow it in one row
 #
-#   tokens    A  man  is  on  a  roof | he  sits  down | they  fly | he  runs | ...
-#   position  0   1    2   3  4   5   |  6   7     8   |  6     7  |  6   7   | ...
-#   segment   0   0    0   0  0   0   |  1   1     1   |  2     2  |  3   3   | ...
+#   tokens    A  man  is  on  a | roof  he  sits | roof  they | roof  he  | ...
+#   positions 0   1    2   3  4 |  5    6    7   |  5     6   |  5    6   | ...
+#   segments  0   0    0   0  0 |  1    1    1   |  2     2   |  3    3   | ...
+#   targets                     |  he  sits down | they  fly  |  he  runs | ...
 #
 # A token sees those before it in its own segment and in segment 0. If context and ending are too
 # long for the model, the context loses its first tokens.
@@ -250,25 +246,34 @@ class Row(NamedTuple):
 
     context: list[int]
     endings: list[list[int]]
-    ending_ids: list[int]  # index of each ending among those of all questions
+    first: int  # index of the first of these endings among those of all questions
 
     @property
     def length(self) -> int:
-        """Tokens that the model reads: the last one of an ending is only predicted."""
-        return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
+        """Tokens that the model reads."""
+        return len(self.context) - 1 + sum(map(len, self.endings))
+
+    def columns(self) -> list[tuple[int, int, int, int]]:
+        """(token, position, segment, target) of each token; segments are 1 + index of an ending."""
+        *before, last = self.context
+        n = len(before)
+        columns = [(token, i, 0, IGNORE_INDEX) for i, token in enumerate(before)]
+        for segment, ending in enumerate(self.endings, self.first + 1):
+            tokens, positions = [last, *ending[:-1]], range(n, n + len(ending))
+            columns += zip(tokens, positions, [segment] * len(ending), ending)
+        return columns
 
 
 def make_rows(questions: list[Question], block_size: int):
     """Yields the rows of all questions: one each, or one per ending if that is too long."""
     for i, (context, endings, *_) in enumerate(questions):
-        ending_ids = [*range(4 * i, 4 * i + 4)]
         if len(context) + max(map(len, endings)) <= block_size + 1:
-            yield Row(context, endings, ending_ids)
-        else:
-            for ending, ending_id in zip(endings, ending_ids):
-                seen = (context + ending)[-(block_size + 1) :]
-                scored = min(len(ending), len(seen) - 1)
-                yield Row(seen[:-scored], [seen[-scored:]], [ending_id])
+            yield Row(context, endings, 4 * i)
+            continue
+        for j, ending in enumerate(endings):
+            seen = (context + ending)[-(block_size + 1) :]
+            scored = min(len(ending), len(seen) - 1)
+            yield Row(seen[:-scored], [seen[-scored:]], 4 * i + j)
 
 
 def group_rows(rows, batch_tokens: int) -> list[tuple[list[Row], int]]:
@@ -282,36 +287,14 @@ def group_rows(rows, batch_tokens: int) -> list[tuple[list[Row], int]]:
     return groups
 
 
-class Batch(NamedTuple):
-    """Rows of one length as tensors, and the N tokens to score in them."""
-
-    tokens: torch.Tensor  # int64 (B, T)
-    positions: torch.Tensor  # int64 (B, T)
-    segments: torch.Tensor  # int64 (B, T); -1 is padding
-    previous: torch.Tensor  # int64 (N,): index in (B * T) of the token before each scored one
-    targets: torch.Tensor  # int64 (N,): the scored tokens
-    ending_ids: torch.Tensor  # int64 (N,): the ending that each scored token belongs to
-
-
-def make_batch(rows: list[Row], T: int) -> Batch:
-    """The batch of some rows, padded to T tokens each."""
-    tokens, positions = np.zeros((2, len(rows), T), dtype=np.int64)
-    segments = np.full((len(rows), T), -1, dtype=np.int64)
-    previous, targets, ending_ids = [], [], []
-    for b, row in enumerate(rows):
-        n = len(row.context)
-        tokens[b, :n], positions[b, :n], segments[b, :n] = row.context, range(n), 0
-        start = n
-        for segment, (ending, ending_id) in enumerate(zip(row.endings, row.ending_ids), 1):
-            end = start + len(ending) - 1
-            tokens[b, start:end], segments[b, start:end] = ending[:-1], segment
-            positions[b, start:end] = range(n, n + end - start)
-            previous += [b * T + n - 1, *range(b * T + start, b * T + end)]
-            targets += ending
-            ending_ids += [ending_id] * len(ending)
-            start = end
-    arrays = (tokens, positions, segments, *map(np.array, (previous, targets, ending_ids)))
-    return Batch(*map(torch.from_numpy, arrays))
+def make_batch(rows: list[Row], T: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens, positions, segments and targets of some rows, int64 (4, B, T); and the indices in
+    (B * T) of the tokens that have a target, int64 (N,). The segment of padding is -1."""
+    batch = np.full((len(rows), T, 4), (0, 0, -1, IGNORE_INDEX))
+    for padded, row in zip(batch, rows):
+        padded[: row.length] = row.columns()
+    batch = torch.from_numpy(batch.transpose(2, 0, 1).copy())
+    return batch, (batch[3].flatten() != IGNORE_INDEX).nonzero()[:, 0]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -331,18 +314,16 @@ class Score(NamedTuple):
         return math.sqrt(accuracy * (1 - accuracy) / max(1, questions - 1))
 
     def __str__(self):
-        acc, norm = ((a, self.error(a, self.questions)) for a in (self.acc, self.acc_norm))
-        return "acc {:.4f} +- {:.4f}, acc_norm {:.4f} +- {:.4f}, {:,} examples".format(
-            *acc, *norm, self.questions
-        )
+        shares = {"acc": self.acc, "acc_norm": self.acc_norm}
+        shown = [f"{n} {a:.4f} +- {self.error(a, self.questions):.4f}" for n, a in shares.items()]
+        return f"{', '.join(shown)}, {self.questions:,} examples"
 
 
 def evaluate(
     model, questions: list[Question], runtime: Runtime, check_signals=lambda: None
 ) -> Score:
     """The score of a `GPT`; arguments as in `ending_losses`."""
-    losses = ending_losses(model, questions, runtime, check_signals=check_signals)
-    return score(losses, questions)
+    return score(ending_losses(model, questions, runtime, check_signals), questions)
 
 
 def score(losses: np.ndarray, questions: list[Question]) -> Score:
@@ -379,10 +360,10 @@ def ending_losses(
         for first in tqdm(steps, desc=title, unit=" batches", disable=not title):
             check_signals()
             if first + runtime.rank < len(groups):
-                batch = make_batch(*groups[first + runtime.rank])
-                moved = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
-                ending_ids.append(batch.ending_ids)
-                losses.append(token_losses(model, moved))  # copied later: a GPU need not wait
+                batch, scored = make_batch(*groups[first + runtime.rank])
+                ending_ids.append(batch[2].flatten()[scored] - 1)
+                moved = (tensor.to(device, non_blocking=True) for tensor in (batch, scored))
+                losses.append(token_losses(model, *moved))  # copied later: a GPU need not wait
     ending_ids, losses = torch.cat(ending_ids).numpy(), torch.cat(losses).cpu().numpy()
     sums = np.bincount(ending_ids, losses, minlength=4 * len(questions))
     sums = sum(runtime.all_gather(sums)).reshape(-1, 4)
@@ -392,15 +373,14 @@ def ending_losses(
 
 
 @torch.no_grad()
-def token_losses(model, batch: Batch) -> torch.Tensor:
-    """The loss in nats of each token that a batch scores: float32 (N,)."""
-    device = batch.tokens.device
-    T, segments = batch.tokens.size(1), batch.segments
-    causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+def token_losses(model, batch, scored) -> torch.Tensor:
+    """The loss in nats of each of N tokens of `make_batch` that have a target: float32 (N,)."""
+    tokens, positions, segments, targets = batch  # (B, T) each
+    T = tokens.size(1)
+    causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
     same = segments[:, None, :] == segments[:, :, None]  # (B, T, T): query, key
     mask = causal & (same | (segments == 0)[:, None, :])
-    x = model.hidden(batch.tokens, batch.positions, mask[:, None])  # (B, T, C)
-    x = x.flatten(0, 1)[batch.previous]  # (N, C)
-    size = LOSS_CHUNK[device.type]
-    chunks = zip(x.split(size), batch.targets.split(size))
-    return torch.cat([model.token_losses(x_chunk, targets) for x_chunk, targets in chunks])
+    x = model.hidden(tokens, positions, mask[:, None]).flatten(0, 1)[scored]  # (N, C)
+    size = LOSS_CHUNK[tokens.device.type]
+    chunks = zip(x.split(size), targets.flatten()[scored].split(size))
+    return torch.cat([model.token_losses(x_chunk, chunk) for x_chunk, chunk in chunks])

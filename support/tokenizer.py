@@ -117,17 +117,14 @@ def save_tokenizer(directory: Path, model_max_length: int = 1024) -> None:
 
     model_max_length: the model's context, in tokens
     """
-    end = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
     config = {
         "tokenizer_class": "GPT2Tokenizer",
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": model_max_length,
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
     }
-    files = _vocabulary_files() | {
-        "special_tokens_map.json": json.dumps(end, indent=2),
-        "tokenizer_config.json": json.dumps(config | end, indent=2),
-    }
+    files = _vocabulary_files() | {"tokenizer_config.json": json.dumps(config, indent=2)}
     for name, text in files.items():
         (Path(directory) / name).write_text(text, encoding="utf-8", newline="\n")
 

@@ -154,7 +154,7 @@ tokenizer.get_encoding()
 def prepare(case):
     os.environ.update(case.get("environment", {}))
     os.chdir(case.get("cwd", "."))
-    for name in ("URL", "FOLDER", "EXAMPLES"):
+    for name in ("URL", "FOLDER", "EXAMPLES", "BATCH_TOKENS"):
         if name in case:
             setattr(hellaswag_eval, name, case[name])
     hellaswag_eval.URL = hellaswag_eval.URL.replace("PID", str(os.getpid()))

@@ -10,13 +10,13 @@ import time
 import pytest
 import torch
 from conftest import ROOT, environment
+from hellaswag_helpers import make_examples, write_examples
 
 import bench
 import train_gpt2
 from support.errors import SettingError, UserError
 
 TINY = dict(n_layer=1, n_head=2, n_embd=16, T=32, B=2, rounds=1, dtype="float32", device="cpu")
-CPU = torch.device("cpu")
 PADDED = train_gpt2.GPTConfig.padded_vocab_size
 
 # A program like nanoGPT: the model in model.py, without targets logits of the last position only,
@@ -58,18 +58,15 @@ def peer(tmp_path):
 
 
 def build(name: str, **settings):
-    return bench.PROGRAMS[name](bench.Config(**TINY | settings), CPU, torch.float32)
+    return bench.PROGRAMS[name](bench.Config(**TINY | settings))
 
 
 @pytest.mark.parametrize("name", ["transformers", "ours", "peer"])
 def test_every_program_does_the_three_things(name, peer, monkeypatch):
     """Trains, scores and samples."""
     monkeypatch.setattr(sys, "path", list(sys.path))
-    for module in ("model", "hellaswag", "train_gpt2"):
-        monkeypatch.setitem(sys.modules, module, sys.modules.get(module))
-    few = bench.find_examples(bench.Config(**TINY), 3)
-    monkeypatch.setattr(bench, "find_examples", lambda config, count: few)
-    program = build(name, peer=str(peer))
+    data = write_examples(peer / "data.jsonl", make_examples(3))
+    program = build(name, peer=str(peer), hellaswag_data=str(data))
     before = [p.detach().clone() for p in program.model.parameters()]
     result = program.train()
     assert any(not torch.equal(a, b) for a, b in zip(before, program.model.parameters()))
@@ -80,27 +77,6 @@ def test_every_program_does_the_three_things(name, peer, monkeypatch):
     )
     assert program.hellaswag()["count"] == 3
     assert program.sample()["count"] == 4 * 120
-
-
-def test_the_tokenizers_are_timed():
-    rates = bench.time_tokenizers(1)
-    assert "tiktoken" in rates and min(rate["least"] for rate in rates.values()) > 0
-
-
-def test_the_rate_of_the_loader_is_that_of_its_steps(monkeypatch):
-    """By a clock of the test's: the first step takes 9 s and does not count, the others 2, 4, 8."""
-    durations, now = iter([9.0, 2.0, 4.0, 8.0]), [0.0]
-
-    class Loader(train_gpt2.DataLoaderLite):
-        def next_step(self):
-            now[0] += next(durations)
-            return super().next_step()
-
-    monkeypatch.setattr(train_gpt2, "DataLoaderLite", Loader)
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
-    rows = 2
-    expected = dict(median=rows * 1024 / 4, least=rows * 1024 / 8, most=rows * 1024 / 2)
-    assert bench.time_loader(steps=4, rows=rows) == expected
 
 
 def test_both_optimizers_are_timed(monkeypatch, capsys):
@@ -118,7 +94,9 @@ def test_our_step_is_that_of_the_trainer():
     """The weights after a step are those of the plain loss and AdamW."""
     program = build("ours")
     model = build("ours").model
-    assert [*program.step()] == ["forward", "loss", "backward", "optimizer"]
+    parts = []
+    program.step(parts.append)
+    assert parts == ["forward", "loss", "backward", "optimizer"]
     optimizer = train_gpt2.configure_optimizer(model, train_gpt2.Config(), "cpu")
     model(*program.batch)[1].backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -148,17 +126,17 @@ def test_every_rung_has_the_same_loss(monkeypatch):
                 for parameter in program.model.parameters():
                     shape = [min(n, 50257) if n > 50000 else n for n in parameter.shape]
                     parameter.zero_()[: shape[0]] = torch.randn(shape) * 0.1
-            found[rung] = [program.train()["loss"] for _ in range(2)]
+            found[rung] = [program.train_step()["loss"] for _ in range(2)]
     for rung, values in found.items():
         assert values == pytest.approx(found["float32"], abs=1e-5), rung
     assert found["float32"][0] != found["float32"][1]
 
 
 def test_rungs_that_a_device_does_not_have_are_named():
-    assert bench.find_obstacle("TF32", CPU, torch.bfloat16) == "no tensor cores"
-    assert bench.find_obstacle("bfloat16", CPU, torch.float32) == "no bfloat16 units"
-    assert bench.find_obstacle("bfloat16", CPU, torch.bfloat16) is None
-    assert bench.find_obstacle("float32", CPU, torch.float32) is None
+    for rung in ("TF32", "bfloat16", "float32"):
+        obstacle = {"TF32": "no tensor cores", "bfloat16": "no bfloat16 units"}.get(rung)
+        assert bench.find_obstacle(rung, bench.Config(**TINY)) == obstacle
+    assert bench.find_obstacle("bfloat16", bench.Config(**TINY | {"dtype": "bfloat16"})) is None
 
 
 def run(*arguments, **kwargs) -> subprocess.CompletedProcess:
@@ -205,7 +183,8 @@ def test_a_step_is_compared_with_the_fastest_product(monkeypatch, capsys):
     config, machine = bench.Config(**TINY), {"peak_flops": None, "dtype": "float32"}
     count = config.B * config.T
     seconds = count * bench.flops_per_token(config) / 1e9
-    step = {"seconds": seconds, "count": count, "parts": {}, "peak_mb": 1.0, "wall": 1.0}
+    step = {"seconds": seconds, "count": count, "parts": {"forward": 0.5}, "loss": 9.0}
+    step |= {"peak_mb": 1.0, "wall": 1.0}
     results = {
         "train": {"ours": [step] * 2},
         "matmul": {"ours": [{"flops": 1e9}, {"flops": 4e9}]},
@@ -214,7 +193,10 @@ def test_a_step_is_compared_with_the_fastest_product(monkeypatch, capsys):
     assert bench.bench_matmul(config, machine)["measured"] == 4e9
     found = bench.bench_train(config, machine)
     assert found["ours"]["of_measured_matmul"] == pytest.approx(0.25)
-    assert "25%" in capsys.readouterr().out
+    assert found["ours"]["ms"] == pytest.approx(1e3 * seconds)
+    parts = dict(forward=500, loss=None, backward=None, optimizer=None)
+    assert found["ours"]["parts_ms"] == parts and found["ours"]["mfu"] is None
+    assert re.search(r"\| ours +\| [\d,]+ +\| 500 +\|( - +\|){4} 25% +\|", capsys.readouterr().out)
 
 
 def test_the_ladder_is_climbed(monkeypatch, capsys):
@@ -223,27 +205,32 @@ def test_the_ladder_is_climbed(monkeypatch, capsys):
     monkeypatch.setattr(bench, "RUNGS", rungs)
     seconds = {"float32": 0.2, "flash": 0.1}
 
-    def take_turns(part, names, config, rounds):
-        turn = {"seconds": seconds[names[0]], "peak_mb": 1.0, "wall": 9.0, "loss": 10.0}
-        return {names[0]: [turn] * 2}
+    def take_turns(part, names, config):
+        turn = {"seconds": seconds[names[0]], "count": 64, "peak_mb": 1.0, "loss": 10.0}
+        return {names[0]: [turn | {"wall": 9.0}] * 2}
 
     monkeypatch.setattr(bench, "take_turns", take_turns)
-    found = bench.bench_ladder(bench.Config(**TINY), {})
+    found = bench.bench_ladder(bench.Config(**TINY), {"peak_flops": 1e12})
     assert found["TF32"] == {"lacking": "no tensor cores"}
     assert found["float32"]["ms"] == pytest.approx(200)
     assert found["float32"]["tokens_per_s"] == pytest.approx(2 * 32 / 0.2)
+    step = found["flash"]
+    assert step["gain"] == pytest.approx(2) and step["first_step_s"] == 9 and step["loss"] == 10
+    assert step["peak_mb"] == 1 and 0 < step["mfu"] < 1
     assert "no tensor cores" in (out := capsys.readouterr().out) and "| 2.00 x" in out
 
 
-def test_rates_are_medians_of_the_timed_turns(capsys):
+def test_rates_are_medians_of_the_timed_turns(monkeypatch, capsys):
     """The first turn, which warms up, does not count, except for the memory."""
     times = {"transformers": [100, 2, 4, 3], "ours": [100, 1, 1.5, 0.5]}
     results = {
         name: [{"seconds": s, "count": 12, "peak_mb": s} for s in seconds]
         for name, seconds in times.items()
     }
-    found = bench.print_rates("t", "u", results)
-    assert found["transformers"] == dict(median=4.0, least=3.0, most=6.0, peak_mb=100)
+    monkeypatch.setattr(bench, "take_turns", lambda *_: results)
+    found = bench.PARTS["sample"](bench.Config(**TINY), {"dtype": "float32"})
+    expected = dict(median=4.0, least=3.0, most=6.0, peak_mb=100, of_transformers=1.0)
+    assert found["transformers"] == expected
     assert found["ours"]["median"] == 12.0 and "3.00 x" in capsys.readouterr().out
 
 
@@ -255,13 +242,12 @@ def test_flops_are_those_of_the_model():
     assert math.isclose(bench.flops_per_token(c), 7.98e8, rel_tol=0.01)
 
 
-def test_without_a_file_examples_are_pieces_of_input_txt(monkeypatch, tmp_path):
-    """The right number, with four endings, the same each time."""
-    monkeypatch.setattr(bench.hellaswag_eval, "FOLDER", tmp_path)
-    examples = bench.find_examples(bench.Config(**TINY), 24)
-    assert len(examples) == 24 and examples == bench.find_examples(bench.Config(**TINY), 24)
-    for example in examples:
-        assert example["ctx"] and len(example["endings"]) == 4 and all(example["endings"])
+def test_examples_are_evenly_from_the_file(tmp_path):
+    examples = make_examples(9)
+    data = write_examples(tmp_path / "data.jsonl", examples)
+    config = bench.Config(**TINY, hellaswag_data=str(data))
+    assert bench.find_examples(config, 4) == examples[::2][:4]
+    assert bench.find_examples(config, 99) == examples
 
 
 @pytest.mark.parametrize("settings, words", [
@@ -282,9 +268,9 @@ def test_wrong_input_is_refused(settings, words):
 
 
 def test_figures_that_cannot_be_written_are_an_error(tmp_path, monkeypatch):
-    monkeypatch.setitem(bench.PARTS, "data", lambda *_: {})
+    monkeypatch.setitem(bench.PARTS, "train", lambda *_: {})
     arguments = [f"--{name}={value}" for name, value in TINY.items()]
-    arguments += ["--only=data", f"--json={tmp_path}/none/out.json"]
+    arguments += ["--only=train", f"--json={tmp_path}/none/out.json"]
     monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
     with pytest.raises(UserError, match="none/out.json.*choose another"):
         bench.main()

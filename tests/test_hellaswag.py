@@ -215,7 +215,7 @@ def test_an_unknown_option_writes_nothing(forks, tmp_path):
         (["-m"], "--model"),
         (["-m", "unknown"], "'unknown' is neither a directory nor one of gpt2"),
         (["-m", "{tmp}"], "config.json"),
-        (["-m", "{data}"], "neither a directory"),
+        (["-m", "{data}"], "data.jsonl: is a file"),
         (["-d", "nonsense"], "nonsense"),
         (["-d", "cuda:x"], "cuda:x"),
         (["-d", "meta"], "meta"),

@@ -211,15 +211,15 @@ def test_padding_changes_nothing():
     model, questions = make_model(), make_questions(EXAMPLES)
     rows = list(hellaswag_eval.make_rows(questions, 24))[:20]
     T = max(row.length for row in rows)
-    batch, longer = hellaswag_eval.make_batch(rows, T), hellaswag_eval.make_batch(rows, T + 21)
-    losses = hellaswag_eval.token_losses(model, batch)
-    torch.testing.assert_close(
-        hellaswag_eval.token_losses(model, longer), losses, atol=1e-4, rtol=0
-    )
-    padding = batch.segments == -1
+    batch, scored = hellaswag_eval.make_batch(rows, T)
+    losses = hellaswag_eval.token_losses(model, batch, scored)
+    longer = hellaswag_eval.token_losses(model, *hellaswag_eval.make_batch(rows, T + 21))
+    torch.testing.assert_close(longer, losses, atol=1e-4, rtol=0)
+    padding = batch[2] == -1
     assert padding.any()
-    noise = torch.where(padding, torch.randint(50257, batch.tokens.shape), batch.tokens)
-    assert torch.equal(hellaswag_eval.token_losses(model, batch._replace(tokens=noise)), losses)
+    noise = batch.clone()
+    noise[0][padding] = torch.randint(50257, (int(padding.sum()),))
+    assert torch.equal(hellaswag_eval.token_losses(model, noise, scored), losses)
 
 
 def seen_by_each(model, idx, position, mask):
@@ -235,20 +235,22 @@ def seen_by_each(model, idx, position, mask):
 def test_a_token_sees_its_context_and_its_own_ending_only():
     """By the gradient, through three layers, in the very mask that scoring makes."""
     model, masks = make_model("long window"), []
-    row = hellaswag_eval.Row(
-        [5, 6, 7], [[8, 9, 10], [11], [12, 13], [14, 15, 16, 17]], [0, 1, 2, 3]
-    )
-    batch = hellaswag_eval.make_batch([row], 12)
+    row = hellaswag_eval.Row([5, 6, 7], [[8, 9, 10], [11], [12, 13], [14, 15, 16, 17]], 4)
+    batch, scored = hellaswag_eval.make_batch([row], 15)
     original = model.hidden
     model.hidden = lambda idx, position, mask: masks.append(mask) or original(idx, position, mask)
-    hellaswag_eval.token_losses(model, batch)
+    hellaswag_eval.token_losses(model, batch, scored)
     del model.hidden
-    assert batch.tokens[0].tolist() == [5, 6, 7, 8, 9, 12, 14, 15, 16, 0, 0, 0]
-    assert batch.positions[0].tolist() == [0, 1, 2, 3, 4, 3, 3, 4, 5, 0, 0, 0]
-    seen = seen_by_each(model, batch.tokens, batch.positions, masks[0])
-    own = [0, 0, 0, 1, 1, 3, 4, 4, 4]
-    for i in range(9):
-        expected = [j <= i and own[j] in (0, own[i]) for j in range(9)] + [False] * 3
+    tokens, positions, segments, targets = batch
+    assert tokens[0].tolist() == [5, 6, 7, 8, 9, 7, 7, 12, 7, 14, 15, 16, 0, 0, 0]
+    assert positions[0].tolist() == [0, 1, 2, 3, 4, 2, 2, 3, 2, 3, 4, 5, 0, 0, 0]
+    assert segments[0].tolist() == [0, 0, 5, 5, 5, 6, 7, 7, 8, 8, 8, 8, -1, -1, -1]
+    assert targets[0, 2:12].tolist() == [8, 9, 10, 11, 12, 13, 14, 15, 16, 17]
+    assert scored.tolist() == list(range(2, 12))
+    seen = seen_by_each(model, tokens, positions, masks[0])
+    own = segments[0].tolist()
+    for i in range(12):
+        expected = [j <= i and own[j] in (0, own[i]) for j in range(12)] + [False] * 3
         assert seen[i].tolist() == expected, i
     idx = torch.randint(50257, (1, 12))
     assert torch.equal(seen_by_each(model, idx, None, None), torch.ones(12, 12).bool().tril())
@@ -351,9 +353,9 @@ def test_memory_stays_flat(monkeypatch):
     model, questions, held = make_model(), make_questions(make_examples(40)), []
     original = hellaswag_eval.token_losses
 
-    def token_losses(model, batch):
+    def token_losses(model, batch, scored):
         held.append(0 if len(held) % 9 else tensor_bytes())
-        return original(model, batch)
+        return original(model, batch, scored)
 
     monkeypatch.setattr(hellaswag_eval, "token_losses", token_losses)
     hellaswag_eval.ending_losses(model, questions, ALONE)
@@ -493,13 +495,9 @@ def test_render_example_is_build_nanogpts():
                 assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("split", ["val", "train", "test"])
+@pytest.mark.parametrize("split", ["val", "train"])
 def test_iterate_examples_yields_each_line(tmp_path, monkeypatch, split):
-    """Those of the test split have no label."""
     examples = make_examples(9)
-    if split == "test":
-        for example in examples:
-            del example["label"]
     monkeypatch.setattr(hellaswag_eval, "FOLDER", tmp_path)
     monkeypatch.setattr(hellaswag_eval, "EXAMPLES", {split: 9})
     write_examples(tmp_path / f"hellaswag_{split}.jsonl", examples)
@@ -508,7 +506,7 @@ def test_iterate_examples_yields_each_line(tmp_path, monkeypatch, split):
 
 def test_the_dataset_is_known():
     """Where it is, and how many examples its splits have (Zellers et al. 2019)."""
-    assert hellaswag_eval.EXAMPLES == {"train": 39905, "val": 10042, "test": 10003}
+    assert hellaswag_eval.EXAMPLES == {"train": 39905, "val": 10042}
     assert hellaswag_eval.URL.format("val") == (
         "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
     )

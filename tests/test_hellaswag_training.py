@@ -79,28 +79,31 @@ def test_each_score_is_logged_once_after_kills(forks, small, tmp_path):
     assert list(losses(complete, "hella")) == [0, 2, 4, 6, 8, 9]
 
 
+SMALL_BATCHES = {"cpu": 512}  # tokens of a batch
+
+
 @pytest.fixture(scope="module")
 def shared_score(tmp_path_factory):
-    """(settings, scores) of a run on one process; its 149 examples are five batches."""
+    """(settings, scores) of a run on one process; its 37 examples are five batches."""
     directory = tmp_path_factory.mktemp("shared")
     (directory / "text.txt").write_text((ROOT / "input.txt").read_text("utf-8")[:16000], "utf-8")
     rng = random.Random(0)
     examples = [
         make_example(" ".join(rng.choice(WORDS[:20]) for _ in range(40)), "",
                 [" ".join(rng.choice(WORDS[:20]) for _ in range(3)) for _ in range(4)])
-        for _ in range(149)
+        for _ in range(37)
     ]  # fmt: skip
     data = write_examples(directory / "data.jsonl", examples)
     rows = list(hellaswag_eval.make_rows(make_questions(examples), 64))
-    assert (
-        len(hellaswag_eval.group_rows(rows, hellaswag_eval.BATCH_TOKENS["cpu"])) == 5
-    )  # not 3 x some
+    assert len(hellaswag_eval.group_rows(rows, SMALL_BATCHES["cpu"])) == 5  # not a multiple of 3
     settings = SMALL | dict(
         data=str(directory / "text.txt"), T=64, max_steps=2, max_lr=0.05,
         hellaswag_every=2, hellaswag_data=str(data),
     )  # fmt: skip
     config = train_gpt2.Config(**settings, log_dir=str(directory / "log"))
-    train_gpt2.train(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hellaswag_eval, "BATCH_TOKENS", SMALL_BATCHES)
+        train_gpt2.train(config)
     scores = losses(config, "hella")
     assert list(scores) == [0, 2] and scores[0] != scores[2]
     return settings, scores
@@ -123,7 +126,11 @@ def ranks(config, count: int) -> list[dict]:
         port = probe.getsockname()[1]
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
-        training(config, environment=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        training(
+            config,
+            environment=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            BATCH_TOKENS=SMALL_BATCHES,
+        )
         for rank in range(count)
     ]
 

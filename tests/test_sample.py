@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, environment
+from conftest import ROOT, environment
+from model_helpers import text_batch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import hellaswag
 import sample
-import train_gpt2
-from support import generation, quantize, tokenizer
+from support import checkpoint, devices, generation, quantize, tokenizer
 from support.errors import UserError, run_main
 from train_gpt2 import GPT, GPTConfig
 
@@ -29,23 +29,28 @@ V, END = tokenizer.VOCAB_SIZE, tokenizer.END_OF_TEXT_ID
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The log directory of a run of 40 steps, with checkpoints of steps 20 and 40."""
-    directory = tmp_path_factory.mktemp("run")
-    text = (ROOT / "input.txt").read_text(encoding="utf-8")[:60000]
-    (directory / "text.txt").write_text(text, encoding="utf-8")
-    settings = SMALL | dict(
-        data=str(directory / "text.txt"), log_dir=str(directory / "log"), n_embd=64, T=64,
-        total_batch_size=128, B=2, max_steps=40, max_lr=1e-2, val_every=40, checkpoint_every=20,
-    )  # fmt: skip
-    train_gpt2.train(train_gpt2.Config(**settings))
-    return directory / "log"
+    """A log directory with two checkpoints, 10 and 20, of a small model that learns a text."""
+    devices.keep_freed_memory()
+    directory = tmp_path_factory.mktemp("run") / "log"
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=64))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    x, y = text_batch(40, 64)
+    for step in range(1, 21):
+        hidden = model.hidden(x[step - 1 :: 20]).flatten(0, 1)
+        model.token_losses(hidden, y[step - 1 :: 20].flatten()).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 10 == 0:
+            checkpoint.write_directory(directory / f"step_{step:05d}", model.save_pretrained)
+    return directory
 
 
 def test_8_bits_cost_little_on_text(run):
     """A trained model, real text: the losses are within 0.02 nats."""
     text = (ROOT / "input.txt").read_text(encoding="utf-8")[-20000:]
-    ids = torch.tensor(tokenizer.get_encoding().encode_ordinary(text)[: 64 * 20 + 1])
-    x, y = ids[:-1].view(20, 64), ids[1:].view(20, 64)
+    ids = torch.tensor(tokenizer.get_encoding().encode_ordinary(text)[: 64 * 8 + 1])
+    x, y = ids[:-1].view(8, 64), ids[1:].view(8, 64)
     model = GPT.from_pretrained(run)
     with torch.no_grad():
         before = model(x, y)[1].item()
@@ -69,7 +74,7 @@ GGUF_HASH = "3ce83efda5659b07b1ad37ca97ca5797ea4285d9b9ab0dc679e4a720c9da7454"
 
 def test_llama_cpp_knows_the_tokenizer_and_every_tensor(run):
     """The converter's own check of the ids, and the names and merges that `gguf` reads."""
-    directory = run / "step_00040"
+    directory = run / "step_00020"
     ids = AutoTokenizer.from_pretrained(directory).encode(GGUF_TEXT)
     assert hashlib.sha256(str(ids).encode()).hexdigest() == GGUF_HASH
     gguf = pytest.importorskip("gguf", reason="pip install gguf")
@@ -82,11 +87,11 @@ def test_llama_cpp_knows_the_tokenizer_and_every_tensor(run):
         assert names.get_name(name, try_suffixes=(".weight", ".bias")), name
 
 
-def call(*arguments, stdin: bytes = b"", **kwargs) -> subprocess.CompletedProcess:
+def call(*arguments, **kwargs) -> subprocess.CompletedProcess:
     """`sample.py` in a process of its own; standard output as bytes."""
     command = [sys.executable, str(ROOT / "sample.py"), *map(str, arguments)]
     kwargs = dict(env=environment(), timeout=120, cwd=kwargs.pop("cwd", ROOT)) | kwargs
-    return subprocess.run(command, input=stdin, capture_output=True, **kwargs)
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, **kwargs)
 
 
 def texts_of(*arguments, monkeypatch) -> tuple[str, str]:
@@ -115,22 +120,22 @@ def test_one_text_has_no_heading_and_its_source_is_on_standard_error(run, tmp_pa
         "--dtype=float32", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    expected = expected_text(run / "step_00040", "QUEEN MARETH:\n", 30, 1337, top_k=50)
+    expected = expected_text(run / "step_00020", "QUEEN MARETH:\n", 30, 1337, top_k=50)
     assert done.stdout.decode() == expected + "\n"
     error = done.stderr.decode()
-    assert "step_00040: cpu in float32" in error
+    assert "step_00020: cpu in float32" in error
     assert re.search(r"30 tokens in [\d.]+ s, [\d,]+ tokens/s\n$", error)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_three_models_are_one_block(run, tmp_path, monkeypatch):
     """A heading for each text; every text by its own model and seed."""
-    GPT.from_pretrained(run / "step_00020").save_pretrained(tmp_path / "theirs")
-    models = (run, run / "step_00020", tmp_path / "theirs")
+    GPT.from_pretrained(run / "step_00010").save_pretrained(tmp_path / "theirs")
+    models = (run, run / "step_00010", tmp_path / "theirs")
     arguments = ("--num=2", "--max_new_tokens=12", "--prompt=PENNY:", "--dtype=float32")
     out, _ = texts_of(*models, *arguments, monkeypatch=monkeypatch)
-    names = [run / "step_00040", run / "step_00020", tmp_path / "theirs"]
-    directories = [run / "step_00040", run / "step_00020", run / "step_00020"]
+    names = [run / "step_00020", run / "step_00010", tmp_path / "theirs"]
+    directories = [run / "step_00020", run / "step_00010", run / "step_00010"]
     expected = ""
     for name, directory in zip(names, directories):
         for i in range(2):
@@ -150,7 +155,7 @@ def test_settings_reach_the_model(run, monkeypatch, settings):
     given = dict(setting.removeprefix("--").split("=") for setting in settings)
     top_p = float(given["top_p"]) if "top_p" in given else None
     expected = expected_text(
-        run / "step_00040", "A", int(given.get("max_new_tokens", 100)),
+        run / "step_00020", "A", int(given.get("max_new_tokens", 100)),
         int(given.get("seed", 1337)),
         temperature=float(given.get("temperature", 1)), top_k=int(given.get("top_k", 50)) or None,
         top_p=top_p, slide=int(given.get("slide", 16)),
@@ -187,15 +192,13 @@ def test_no_half_character_is_written():
     for _ in range(300):
         text = "".join(rng.choice("aé中\U0001f600\U0001d11e \n") for _ in range(12))
         ids = [encoding.encode_single_token(bytes([byte])) for byte in text.encode()]
-        decoder, shown = sample.Decoder(), ""
-        for id in ids:
-            shown += decoder([id])
+        shown = ""
+        for piece in sample.decode_pieces(ids):
+            shown += piece
             assert text.startswith(shown)
-        assert shown + decoder([], last=True) == text
+        assert shown == text
         ids = [rng.randrange(V) for _ in range(30)]  # a model's ids need not be valid UTF-8
-        decoder = sample.Decoder()
-        shown = "".join(decoder([id]) for id in ids) + decoder([], last=True)
-        assert shown == encoding.decode(ids)
+        assert "".join(sample.decode_pieces(ids)) == encoding.decode(ids)
 
 
 def test_prompts_from_a_file_and_from_standard_input(run, tmp_path, monkeypatch):
@@ -204,10 +207,10 @@ def test_prompts_from_a_file_and_from_standard_input(run, tmp_path, monkeypatch)
     from_file, _ = texts_of(
         run, *settings, f"--prompt=FILE:{tmp_path / 'a b.txt'}", monkeypatch=monkeypatch
     )
-    from_input = call(run, *settings, "--prompt=-", stdin="Ünited\r\nwe\n".encode())
-    expected = expected_text(run / "step_00040", "Ünited\r\nwe", 5, 1337, temperature=0) + "\n"
-    assert from_file == expected
-    assert from_input.stdout == expected.encode(), from_input.stderr
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Ünited\r\nwe\n".encode())))
+    from_input, _ = texts_of(run, *settings, "--prompt=-", monkeypatch=monkeypatch)
+    expected = expected_text(run / "step_00020", "Ünited\r\nwe", 5, 1337, temperature=0) + "\n"
+    assert from_file == from_input == expected
 
 
 def test_a_text_ends_at_end_of_text_unless_stop_is_false(run, tmp_path, monkeypatch):
@@ -296,7 +299,7 @@ def test_a_closed_pipe_is_no_traceback(run):
     (["{run}", "--device=cuda:99"], ["cuda"]),
     (["{run}", "--dtype=int4"], ["dtype='int4'"]),
     (["{tmp}/few"], ["few", "100 tokens", "50,257"]),
-    (["{tmp}/damaged"], ["step_00040", "damaged"]),
+    (["{tmp}/damaged"], ["step_00020", "damaged"]),
 ])  # fmt: skip
 def test_wrong_input_is_one_line(run, tmp_path, monkeypatch, arguments, words):
     """Before anything is generated: no text of the other models is started."""
@@ -307,7 +310,7 @@ def test_wrong_input_is_one_line(run, tmp_path, monkeypatch, arguments, words):
             tmp_path / "few"
         )
     if "damaged" in arguments[0]:
-        (tmp_path / "damaged/step_00040").mkdir(parents=True)
+        (tmp_path / "damaged/step_00020").mkdir(parents=True)
     places = dict(tmp=tmp_path, run=run)
     monkeypatch.setattr(sys, "argv", ["sample.py", *(a.format(**places) for a in arguments)])
     out, err = io.StringIO(), io.StringIO()
