@@ -18,7 +18,7 @@ from support import model_function
 from support.errors import UserError
 from support.launch import print0
 from support.model_files import find_directory, read_tensors
-from support.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, save_tokenizer
+from support.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, save_tokenizer, validate_vocabulary
 
 # The model_type of a model that computes something else, which `transformers` refuses to open.
 MODIFIED = "gpt2-modified"
@@ -155,6 +155,7 @@ def load_model(
     Raises UserError if the source is not such a model, is damaged, or has fewer positions.
     """
     directory, saved = read_config(str(source))
+    validate_vocabulary(directory)
     positions = saved["n_positions"]
     if block_size is not None and block_size > positions:
         raise UserError(f"T={block_size}: {source} has only {positions} positions")

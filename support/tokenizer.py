@@ -130,17 +130,45 @@ def save_tokenizer(directory: Path, model_max_length: int = 1024) -> None:
 
 
 @functools.cache
-def _vocabulary_files() -> dict[str, str]:
-    """The texts of `tokenizer.json`, `vocab.json` and `merges.txt`."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-
+def load_vocabulary() -> dict[str, int]:
+    """{token as `vocab.json` spells it: id}, in the order of the ids: 50,257 tokens."""
     ranks = load_ranks()
     # The printable character that represents each byte. The first 256 ranks are the bytes: 188 that
     # represent themselves, and the others, which U+0100 to U+0143 represent.
     bytes_by_rank = [token[0] for token in ranks if len(token) == 1]
     letters = {byte: chr(byte if i < 188 else i + 68) for i, byte in enumerate(bytes_by_rank)}
-    spell = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    vocab = {spell[token]: rank for token, rank in ranks.items()} | {END_OF_TEXT: END_OF_TEXT_ID}
+    spelled = {"".join(letters[byte] for byte in token): rank for token, rank in ranks.items()}
+    return spelled | {END_OF_TEXT: END_OF_TEXT_ID}
+
+
+def validate_vocabulary(directory: Path) -> None:
+    """Raises UserError if a model's directory has another vocabulary than GPT-2's.
+
+    Tokens that were added after GPT-2's are accepted, and are not used.
+    """
+    for path in (directory / "vocab.json", directory / "tokenizer.json"):
+        if not path.exists():
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            vocab = content["model"]["vocab"] if path.name == "tokenizer.json" else content
+            found = {token: id for token, id in vocab.items() if id < VOCAB_SIZE}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            found = {}
+        if {END_OF_TEXT: END_OF_TEXT_ID} | found != load_vocabulary():
+            raise UserError(
+                f"{path}: not GPT-2's vocabulary, or damaged; only models with GPT-2's tokenizer "
+                "are supported, which may have more tokens at its end"
+            )
+
+
+@functools.cache
+def _vocabulary_files() -> dict[str, str]:
+    """The texts of `tokenizer.json`, `vocab.json` and `merges.txt`."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    ranks, vocab = load_ranks(), load_vocabulary()
+    spell = dict(zip(ranks, vocab))
     merges = [_split_into_merge(token, ranks) for token in ranks if len(token) > 1]
     merges = [(spell[a], spell[b]) for a, b in merges]
 

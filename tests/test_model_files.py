@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from support import tokenizer
 from support.errors import UserError
 from train_gpt2 import GPT
 
@@ -165,3 +166,64 @@ def test_a_checkpoint_of_nanogpt_is_refused_with_the_way_to_convert_it(tmp_path)
     torch.save({"model": {}, "model_args": {}}, tmp_path / "ckpt.pt")
     with pytest.raises(UserError, match="ckpt.pt: is a file; .*nanoGPT.*GPT2LMHeadModel"):
         GPT.from_pretrained(str(tmp_path / "ckpt.pt"))
+
+
+# -------------------------------------------------------------------------------------------------
+# Vocabularies: a GPT-2 of another language has as many tokens, but not the same
+
+
+@pytest.fixture
+def with_tokenizer(copied):
+    tokenizer.save_tokenizer(copied)
+    return copied
+
+
+def edit_vocabulary(path: Path, edit) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    edit(content["model"]["vocab"] if path.name == "tokenizer.json" else content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def swap_two(vocab: dict) -> None:
+    vocab["hello"], vocab["world"] = vocab["world"], vocab["hello"]
+
+
+def rename_one(vocab: dict) -> None:
+    vocab["\u010dasopis"] = vocab.pop("hello")
+
+
+def drop_one(vocab: dict) -> None:
+    del vocab["hello"]
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json"])
+@pytest.mark.parametrize("edit", [swap_two, rename_one, drop_one, dict.clear])
+def test_a_gpt2_of_another_language_is_refused(with_tokenizer, name, edit):
+    edit_vocabulary(with_tokenizer / name, edit)
+    with pytest.raises(UserError, match=f"{name}: not GPT-2's vocabulary"):
+        GPT.from_pretrained(str(with_tokenizer))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[" * 100_000, '{"a": "b"}', '{"model": 3}'])
+@pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json"])
+def test_a_damaged_vocabulary_is_refused(with_tokenizer, name, content):
+    (with_tokenizer / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name}: not GPT-2's vocabulary"):
+        GPT.from_pretrained(str(with_tokenizer))
+
+
+def test_tokens_added_at_the_end_are_accepted(with_tokenizer, reference):
+    for name in ("vocab.json", "tokenizer.json"):
+        edit_vocabulary(with_tokenizer / name, lambda vocab: vocab.update({"<|user|>": 50257}))
+    assert_same_model(with_tokenizer, reference[1])
+
+
+def test_the_tokenizer_of_transformers_is_accepted(with_tokenizer, reference):
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(with_tokenizer)
+    for name in ("vocab.json", "tokenizer.json", "merges.txt"):
+        (with_tokenizer / name).unlink()
+    loaded.save_pretrained(with_tokenizer)
+    assert (with_tokenizer / "tokenizer.json").exists()
+    assert_same_model(with_tokenizer, reference[1])
