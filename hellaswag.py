@@ -3,6 +3,7 @@
     python hellaswag.py -m gpt2                          # OpenAI's GPT-2 124M, from the Hub
     python hellaswag.py -m log/step_19073 -d cuda        # a checkpoint (or log/: its newest one)
     python hellaswag.py -m gpt2 --style=harness --limit=1000 --out=results.jsonl
+    torchrun --standalone --nproc_per_node=8 hellaswag.py -m gpt2-xl    # shared by eight GPUs
 
 Prints one line for each style that support/hellaswag_eval.py describes. The data is downloaded to
 hellaswag/hellaswag_val.jsonl if it is not there.
@@ -15,11 +16,12 @@ import sys
 from support import hellaswag_eval, huggingface, quantize
 from support.cli import Parser
 from support.devices import validate_device_and_dtype
-from support.distributed import initialize
+from support.distributed import initialize, naming_lost_ranks
 from support.errors import SettingError, run_main
 
 # The last two are for programs that import them as in build-nanogpt.
 from support.hellaswag_eval import STYLES, Question, iterate_examples, render_example  # noqa: F401
+from support.launch import print0, read_launch
 from train_gpt2 import GPT
 
 
@@ -70,22 +72,25 @@ def write_out(path: str, text: str, mode: str = "a") -> None:
 
 def main() -> int:
     options = parse(sys.argv[1:])
-    runtime = initialize(options.device, options.dtype)
+    runtime = initialize(options.device, options.dtype, read_launch())
     path = hellaswag_eval.find_file(data=options.data)
     examples = hellaswag_eval.read_examples(path, options.limit)
     name, directory, _ = huggingface.find_model(options.model)
     model = GPT.from_pretrained(directory)
     parameters = model.num_parameters()
     placement = quantize.prepare_for_inference(model, runtime, options.int8)
-    print(f"{name}: {parameters:,} parameters, {placement}")
-    if options.out is not None:
+    print0(f"{name}: {parameters:,} parameters, {placement}")
+    writes = options.out is not None and runtime.master_process
+    if writes:
         write_out(options.out, "", mode="w")  # fails now, and not after the first style
     for style in STYLES if options.style == "all" else (options.style,):
         questions = [hellaswag_eval.make_question(example, style) for example in examples]
-        losses = hellaswag_eval.ending_losses(model, questions, runtime, title=style)
-        if options.out is not None:
+        title = style if runtime.master_process else ""
+        with naming_lost_ranks():
+            losses = hellaswag_eval.ending_losses(model, questions, runtime, title=title)
+        if writes:
             write_out(options.out, format_results(style, examples, questions, losses))
-        print(f"{style}: {hellaswag_eval.score(losses, questions)}", flush=True)
+        print0(f"{style}: {hellaswag_eval.score(losses, questions)}")
     return 0
 
 

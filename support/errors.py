@@ -26,9 +26,10 @@ def environment_rank() -> int:
     return int(rank) if valid else 0
 
 
-def run_main(main) -> None:
+def run_main(main, alone: bool = False) -> None:
     """Runs `main()` and exits with the code that it returns.
 
+    alone: whether the command is always one process, whatever RANK says
     A UserError is printed in one line and exits with its code, an interrupt (^C) exits with 130,
     and a reader that closed the pipe (`| head`) ends the program with 141, as SIGPIPE would.
     """
@@ -38,7 +39,7 @@ def run_main(main) -> None:
     try:
         sys.exit(main())
     except UserError as error:
-        if not (isinstance(error, SettingError) and environment_rank() > 0):
+        if alone or not (isinstance(error, SettingError) and environment_rank() > 0):
             print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
         sys.exit(error.code)
     except BrokenPipeError:

@@ -116,8 +116,9 @@ def read_examples(path: Path, limit: int = 0) -> list[dict]:
                     break
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; cannot be read") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: line {number:,} is not a HellaSwag example ({error!r})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:80]}"
+        raise UserError(f"{path}: line {number:,} is not a HellaSwag example ({reason})") from None
     if not examples:
         raise UserError(f"{path}: no examples in it")
     return examples

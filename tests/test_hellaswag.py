@@ -261,3 +261,34 @@ def test_a_model_of_another_vocabulary_is_refused(forks, tmp_path):
     result = forks(case)[0]
     last = result.err.splitlines()[-1]
     assert result.code == 2 and last.startswith("error: ") and "1000" in last.replace(",", "")
+
+
+def test_two_processes_share_the_examples(saved, tmp_path):
+    """They print and write what one process does, once."""
+    data = tmp_path / "examples.jsonl"
+    write_examples(data, helpers.make_examples(12))
+    script = [str(ROOT / "hellaswag.py"), "-m", str(saved), f"--data={data}", "-d", "cpu"]
+    script += ["--dtype=float32", "--style=completion"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    outputs = []
+    for number, prefix in enumerate(([], launcher)):
+        out = tmp_path / f"{number}.jsonl"
+        done = subprocess.run(
+            [sys.executable, *prefix, *script, f"--out={out}"],
+            env=environment(), capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in out.read_text().splitlines()]
+        outputs.append((done.stdout, [line.pop("losses") for line in lines], lines))
+    (text, losses, rest), (text_of_two, losses_of_two, rest_of_two) = outputs
+    assert text == text_of_two and rest == rest_of_two and len(rest) == 12
+    np.testing.assert_allclose(losses_of_two, losses, atol=1e-4)
+
+
+@pytest.mark.parametrize("script", ["sample.py", "bench.py", "plot.py"])
+def test_a_command_of_one_process_reports_errors_whatever_RANK_says(script):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), "--nothing=1"],
+        env=environment(RANK="1", WORLD_SIZE="2"), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith("error: ")

@@ -531,3 +531,21 @@ def test_a_given_file_may_be_of_any_length(tmp_path):
     assert hellaswag_eval.read_examples(path, 3) == examples[:3]  # what is not needed is not read
     with pytest.raises(UserError, match="line 4 is not a HellaSwag example"):
         hellaswag_eval.read_examples(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        bytes(range(128, 256)) * 200,
+        json.dumps({"ctx": "a" * 20_000}).encode(),
+        ("{" + "x" * 20_000).encode("utf-16"),
+        b"[" * 20_000,
+    ],
+    ids=["not UTF-8", "other JSON", "UTF-16", "nested"],
+)
+def test_a_file_of_another_kind_is_one_short_line(tmp_path, content):
+    path = tmp_path / "other.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="line 1 is not a HellaSwag example") as error:
+        hellaswag_eval.read_examples(path)
+    assert len(str(error.value)) < 200 + len(str(path))
