@@ -333,7 +333,7 @@ def test_the_batch_file_of_the_documentation_requeues_a_run_that_was_stopped(
     assert process.returncode == 128 + signal.SIGUSR1, output
     assert "stopped by SIGUSR1" in output
     requeued = (tmp_path / "requeued").read_text()
-    assert requeued == f"requeue {variables['SLURM_JOB_ID']}\n"
+    assert requeued == f"requeue incomplete {variables['SLURM_JOB_ID']}\n"
     output = end(process := job())
     assert process.returncode == 0, output
     assert (tmp_path / "requeued").read_text() == requeued
