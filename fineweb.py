@@ -68,6 +68,8 @@ class Config:
 # of local files, names and sizes are compared instead of `source`.
 MAY_CHANGE = ("out", "workers", "engine")
 ENGINES = ("auto", "gigatoken", "tiktoken")
+MAX_SHARD = 10**10  # tokens: a shard is collected in memory
+MAX_WORKERS = 61 if sys.platform == "win32" else 1000  # 61 is the limit of Windows
 START_METHOD = "spawn"  # of workers; a fork would copy locks that threads of this process hold
 
 
@@ -75,14 +77,14 @@ def validate_config(config: Config) -> Config:
     """The settings with missing ones filled in. Raises SettingError for one that is not valid."""
     if config.source == Config.source and config.name in ("", "sample-10BT"):
         config = dataclasses.replace(config, name="sample-10BT", out=config.out or "edu_fineweb10B")
-    separator = config.separator.replace("\\n", "\n").replace("\\t", "\t")
+    separator = config.separator.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t")
     config = dataclasses.replace(config, separator=separator)
     checks = (
         ("source", config.source, "name a dataset on the Hub or a local file"),
         ("out", config.out, "name the directory for the shards, --out=mydata"),
-        ("shard_size", config.shard_size >= 1, "must be at least 1 token"),
+        ("shard_size", 1 <= config.shard_size <= MAX_SHARD, f"must be from 1 to {MAX_SHARD:,}"),
         ("val_tokens", 0 <= config.val_tokens <= config.shard_size, "must be from 0 to shard_size"),
-        ("workers", config.workers >= 0, "must be at least 0"),
+        ("workers", 0 <= config.workers <= MAX_WORKERS, f"must be from 0 to {MAX_WORKERS:,}"),
         ("engine", config.engine in ENGINES, f"must be one of {', '.join(ENGINES)}"),
     )
     for setting, valid, remedy in checks:
@@ -124,8 +126,7 @@ def open_sources(config: Config, launch: Launch, local: list[Path] | None, shard
         shards.validate_sources(sources, names)
     else:
         for file in share:  # an unreadable file is reported before hours of work
-            if text_files.find_format(file.name)[0] == "parquet":
-                text_files.open_parquet(file, config.text_column).close()
+            text_files.find_start(file, config.text_column)
         shards.begin(sources, names, None)
     return share
 
@@ -149,12 +150,22 @@ def read_pieces(files, count: int, position: Position, config: Config):
 # Workers: the tokens of a piece
 
 
+def validate_shared_memory() -> None:
+    """Raises UserError if there is no room for the locks that processes share."""
+    try:
+        _ = [multiprocessing.Lock() for _ in range(32)]  # more than the program uses at a time
+    except OSError as error:
+        raise UserError(f"/dev/shm: {error.strerror}; make room and write access there") from None
+
+
 def start_workers(pool, count: int) -> None:
     """Starts the processes, which inherit that SIGINT is ignored: ^C is for the main process."""
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         for _ in range(count):
             pool.submit(int)
+    except OSError as error:  # too many processes or open files
+        raise BrokenProcessPool from error
     finally:
         signal.signal(signal.SIGINT, handler)
 
@@ -210,7 +221,7 @@ def count_workers(config: Config, launch: Launch) -> int:
     """The number of workers: the setting, or this rank's part of the cores it may use."""
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     cores = len(affinity(0))  # macOS and Windows have no affinity
-    return config.workers or max(1, cores // launch.local_world_size)
+    return config.workers or max(1, min(cores // launch.local_world_size, MAX_WORKERS))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -256,8 +267,8 @@ def write_shards(config: Config, launch: Launch, shards: ShardDirectory, files) 
         shards.finish()
     except BrokenProcessPool:
         raise UserError(
-            "workers: a process that tokenizes died, perhaps for lack of memory; run the same "
-            "command again, with fewer --workers if needed; it continues after the last shard"
+            "workers: a process that tokenizes died or did not start, perhaps for lack of memory; "
+            "run the same command again, with fewer --workers if needed, to continue"
         ) from None
     finally:
         progress.close()
@@ -287,6 +298,7 @@ def build(config: Config, launch: Launch) -> None:
         from filelock import FileLock, Timeout
 
         local = find_sources(config)
+        validate_shared_memory()
         out.mkdir(parents=True, exist_ok=True)
         with FileLock(out / f".lock_{launch.rank:05d}", timeout=10):
             result = write_directory(config, launch, local)

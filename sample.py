@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from support import cli, generation, huggingface, quantize, tokenizer
+from support import cli, generation, huggingface, quantize, text_encoding, tokenizer
 from support.devices import validate_device_and_dtype
 from support.distributed import Runtime, initialize
 from support.errors import SettingError, UserError, run_main
@@ -56,18 +56,21 @@ class Config:
 
 
 BATCH = 16  # texts generated at a time
+RANGES = dict(
+    num=(1, 10**6), max_new_tokens=(1, 10**9), top_k=(0, 10**9), slide=(0, 10**9), seed=(0, 2**63)
+)
 
 
 def validate(config: Config) -> None:
     """Raises SettingError if a setting is out of range."""
     validate_device_and_dtype(config.device, config.dtype)
-    for name, least in dict(num=1, max_new_tokens=1, top_k=0, slide=0, seed=0).items():
-        if getattr(config, name) < least:
-            raise SettingError(f"{name}={getattr(config, name)}: must be at least {least}")
-    if not 0 <= config.temperature < float("inf"):
-        raise SettingError(f"temperature={config.temperature}: must be finite and at least 0")
-    if not 0 < config.top_p <= 1:
-        raise SettingError(f"top_p={config.top_p}: must be above 0 and at most 1")
+    for name, (least, most) in RANGES.items():
+        if not least <= getattr(config, name) <= most:
+            raise SettingError(f"{name}={getattr(config, name)}: must be from {least} to {most}")
+    if config.temperature != 0 and not 1e-6 <= config.temperature < float("inf"):
+        raise SettingError(f"temperature={config.temperature}: must be 0, or finite and above 1e-6")
+    if not 1e-6 <= config.top_p <= 1:
+        raise SettingError(f"top_p={config.top_p}: must be above 0 (at least 1e-6) and at most 1")
 
 
 def encode_prompt(prompt: str) -> list[int]:
@@ -95,6 +98,10 @@ def read_prompt(prompt: str) -> str:
             raise UserError(f"prompt={prompt!r}: {name}: {error.strerror}") from None
     else:
         return tokenizer.valid_text(prompt)
+    try:
+        data = data[text_encoding.find_start(data) :]
+    except ValueError as error:
+        raise UserError(f"prompt={prompt!r}: {error}") from None
     return data.decode("utf-8", "replace").removesuffix("\n").removesuffix("\r")
 
 

@@ -14,6 +14,7 @@ Model
 
 Data
 
+    text_encoding      the rule by which all text is read
     tokenizer          GPT-2's byte-pair encoding, from the ranks in gpt2.tiktoken
     shards             reading token shards: stream, manifest, order of an epoch
     shard_writer       writing token shards, safe against a kill at any instant

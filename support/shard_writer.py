@@ -22,8 +22,8 @@ from support.launch import print_rank
 from support.shards import (
     MANIFEST,
     MANIFEST_ERRORS,
-    SUFFIXES,
     find_intact,
+    is_shard,
     manifest_error,
     validate_entries,
 )
@@ -120,7 +120,7 @@ class ShardDirectory:
                 )
         for file in [] if self.manifest else sorted(self.directory.iterdir()):
             of_rank = self.world_size > 1 and file.match(f"{PREFIX}_*_?????_??????.npy")
-            if file.suffix in SUFFIXES and not of_rank:
+            if is_shard(file) and not of_rank:
                 raise UserError(f"{file}: not listed in a {MANIFEST}; choose another --out")
         return bool(self.manifest)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support import tokenizer
+from support import text_encoding, tokenizer
 from support.errors import SettingError, UserError
 from support.files import sha256
 from support.launch import print0
@@ -113,14 +113,14 @@ def open_splits(data: str) -> dict[str, TokenStream]:
     shard, or for a manifest that the files do not match; UserError for a shard that is not valid.
     """
     path = find_data(data)
-    if path.is_file() and path.suffix == ".txt":
+    if path.is_file() and path.suffix.lower() == ".txt":
         return _tokenize_text(path)
     if path.is_file():
         raise SettingError(f"data={data!r}: neither a directory of shards nor a .txt file")
     if not path.is_dir():
         raise SettingError(f"data={data!r}: no such directory or file; {GET_DATA}")
     load_manifest(path)
-    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+    files = sorted(file for file in path.iterdir() if is_shard(file))
     streams, map_file = {}, functools.lru_cache(MAPPED)(np.memmap)
     for split, other in (("train", "val"), ("val", "train")):
         names = [str(file) for file in files if split in file.name]
@@ -144,6 +144,11 @@ def check_lengths(data: str, streams: dict[str, TokenStream], T: int) -> None:
             )
 
 
+def is_shard(path: Path) -> bool:
+    """Whether a file's name is that of a shard; macOS leaves `._name` beside a file."""
+    return path.suffix in SUFFIXES and not path.name.startswith(".")
+
+
 def find_data(data: str) -> Path:
     """A path as given, or in the repository if it is relative and does not exist here."""
     in_repository = ROOT / data
@@ -152,10 +157,10 @@ def find_data(data: str) -> Path:
 
 def _tokenize_text(path: Path) -> dict[str, TokenStream]:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingError(f"{path}: {error}; use a UTF-8 text file") from None
-    tokens = np.array(tokenizer.get_encoding().encode_ordinary(text), dtype=np.uint16)
+        text = text_encoding.decode(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise SettingError(f"{path}: {error}") from None
+    tokens = tokenizer.encode_plain(text).astype(np.uint16)
     cut = len(tokens) * 9 // 10
     parts = {"train": tokens[:cut], "val": tokens[cut:]}
     return {split: TokenStream([part], [str(path)]) for split, part in parts.items()}
@@ -225,7 +230,7 @@ def load_manifest(directory: Path) -> dict | None:
         if (found := file.stat().st_size) != size:
             raise SettingError(f"{file}: {found:,} bytes, but {size:,} in {MANIFEST}; {REBUILD}")
     for file in sorted(directory.iterdir()):
-        if file.suffix in SUFFIXES and file.name not in sizes:
+        if is_shard(file) and file.name not in sizes:
             raise SettingError(f"{file}: not listed in {MANIFEST}; move it elsewhere")
     return manifest
 

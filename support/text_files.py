@@ -11,14 +11,17 @@ The main process finds the cuts. A worker then reads the rows of a parquet file 
 files it gets the bytes.
 """
 
+import contextlib
 import functools
 import glob
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
+from support import text_encoding
 from support.errors import UserError
 from support.launch import print_rank
 
@@ -43,29 +46,63 @@ def find_format(name: str) -> tuple[str, str | None] | None:
 def find_files(source: str, out: Path) -> list[Path] | None:
     """The files of a path, a directory or a glob, sorted by name; None if nothing is there.
 
-    Files in `out` and hidden ones are not among them. Files of unknown kinds are left out with a
-    message. Raises UserError if all are of unknown kinds.
+    Files in `out` and hidden ones are not among them. Links are followed, but each directory is
+    read once. Files of unknown kinds are left out with a message.
+    Raises UserError if all are of unknown kinds, and for what cannot be read or is a dangling link.
     """
     path, is_directory, out = Path(source), os.path.isdir(source), out.resolve()
     if os.path.isfile(source):  # False for a name that is too long, where Path would raise
-        found = [path]
-    elif is_directory:
-        names = (file.relative_to(path) for file in path.rglob("*"))
-        found = [path / name for name in names if not any(p[0] == "." for p in name.parts)]
+        matches = [source]
     else:
-        found = [Path(name) for name in glob.glob(source, recursive=True)]
-    found = [f for f in found if f.is_file() and (f == path or out not in f.resolve().parents)]
+        matches = _expand(Path(glob.escape(source), "**") if is_directory else path)
+    found = {}  # a globbed directory may be reached by several paths
+    for file in sorted(map(Path, matches)):
+        directory = file.parent.resolve()
+        if os.path.isdir(file) or (file != path and out in (directory, *directory.parents)):
+            continue
+        if not os.path.exists(file):
+            raise _read_error(file, "a link to nothing, or no permission")
+        found.setdefault((directory, file.name), file)
     if not found and not is_directory:
         return None
-    files = sorted({file for file in found if find_format(file.name)})  # globs may repeat one
+    files = [f for f in found.values() if find_format(f.name) and os.path.isfile(f)]
     if not files:
         raise UserError(
-            f"source={source!r}: no file of a known kind; use .parquet, .jsonl or .txt, the last "
-            "two also as .gz and .zst"
+            f"source={source!r}: no file of a known kind outside --out; use .parquet, .jsonl or "
+            ".txt, the last two also as .gz and .zst"
         )
-    if others := sorted(set(found) - set(files)):
+    if others := sorted(set(found.values()) - set(files)):
         print_rank(f"left out {len(others)} files of unknown kinds, the first is {others[0]}")
     return files
+
+
+def _expand(pattern: Path) -> list[str]:
+    """All that matches a glob except hidden names; `**` is a directory and all below it."""
+    parts = pattern.parts
+    index = parts.index("**") if "**" in parts else len(parts)
+    found = glob.glob(str(Path(*parts[:index])))
+    if index == len(parts):
+        return found
+    directories = [directory for base in found for directory in _walk(base)]
+    rest = parts[index + 1 :] or ("*",)
+    return [file for d in directories for file in _expand(Path(glob.escape(d), *rest))]
+
+
+def _walk(base: str):
+    """Yields a directory and those below it, without hidden ones, each real one once."""
+
+    def fail(error: OSError):
+        raise _read_error(error.filename, error.strerror)
+
+    seen = set()
+    for directory, names, _ in os.walk(base, onerror=fail, followlinks=True):
+        if (real := os.path.realpath(directory)) in seen:
+            names.clear()
+            continue
+        seen.add(real)
+        # macOS adds a directory __MACOSX to archives.
+        names[:] = sorted(name for name in names if name[0] != "." and name != "__MACOSX")
+        yield directory
 
 
 def describe_file(path: Path) -> dict:
@@ -116,12 +153,34 @@ def split_into_pieces(path: Path, file: int, start: int, text_column: str, separ
     if kind == "parquet":
         yield from _split_parquet(path, file, start, text_column)
         return
-    mark = b"\n" if kind == "jsonl" else os.fsencode(separator)
+    mark = re.compile(b"\n") if kind == "jsonl" else compile_separator(separator)
+    skip = find_start(path, text_column) if start == 0 else 0
     for data in _read_blocks(path, compression, start, mark):
-        read = (read_jsonl, str(path), text_column, start) if kind == "jsonl" else (read_txt, mark)
+        read = (read_txt, mark)
+        if kind == "jsonl":
+            read = (read_jsonl, str(path), text_column, start + skip)
         stop = start + max(1, len(data))  # the position after an empty file differs from its start
-        yield Piece(file, start, stop, mark != b"" or start == 0, (*read, data))
-        start = stop
+        yield Piece(file, start, stop, mark is not None or start == 0, (*read, data[skip:]))
+        start, skip = stop, 0
+
+
+def compile_separator(separator: str) -> re.Pattern | None:
+    """A pattern of bytes for the separator, whose line ends match \\n and \\r\\n; None for ""."""
+    parts = re.split(rb"\r?\n", os.fsencode(separator))
+    return re.compile(rb"(?:\r\n|\n)".join(map(re.escape, parts))) if separator else None
+
+
+def find_start(path: Path, text_column: str) -> int:
+    """The byte at which the text of a file begins, after a byte order mark; 0 for parquet.
+
+    Raises UserError if the file cannot be read, has no such column, or is in UTF-16.
+    """
+    kind, compression = find_format(path.name)
+    if kind == "parquet":
+        open_parquet(path, text_column).close()
+        return 0
+    with _open_stream(path, compression, 0) as stream:
+        return text_encoding.find_start(stream.read(text_encoding.HEAD))
 
 
 def open_parquet(path: Path | str, column: str):
@@ -138,6 +197,8 @@ def open_parquet(path: Path | str, column: str):
         names = schema.names
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a name is not UTF-8
         raise _read_error(path, error) from None
+    if file.metadata.num_rows == 0:
+        return file
     if column not in names:
         raise _column_error(str(path), column, names)
     if names.count(column) > 1:
@@ -145,7 +206,7 @@ def open_parquet(path: Path | str, column: str):
     kind = schema.field(column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     kinds = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
-    if str(kind) not in kinds:
+    if str(kind) not in (*kinds, "null"):  # null: no row has a text
         raise UserError(f"{path}: text_column={column!r} holds {kind}; choose a column of text")
     return file
 
@@ -166,51 +227,52 @@ def _split_parquet(path: Path, file: int, start: int, column: str):
         row += rows
 
 
-def _read_blocks(path: Path, compression: str | None, start: int, mark: bytes):
+def _read_blocks(path: Path, compression: str | None, start: int, mark: re.Pattern | None):
     """Yields the bytes of a file from `start` on, about PIECE at a time, cut after a `mark`."""
+    with _open_stream(path, compression, start) as stream:
+        text, searched = bytearray(), 0
+        # Up to a multiple of PIECE, so that the cuts after `start` depend on `start` alone.
+        while block := stream.read(PIECE - len(text) % PIECE):
+            text += block
+            if len(text) % PIECE:  # fewer bytes than requested
+                continue
+            if cut := _cut_after(mark, text, searched) if mark else _cut_line(text, searched):
+                yield bytes(text[:cut])
+                start += cut
+                del text[:cut]
+            searched = len(text)
+        if text or start == 0:  # an empty file may be a document, too
+            yield bytes(text)
+
+
+@contextlib.contextmanager
+def _open_stream(path: Path, compression: str | None, start: int):
+    """The uncompressed bytes of a file from `start` on; errors in the block become UserError."""
     import pyarrow as pa
 
     try:
-        with _open_stream(path, compression, start) as stream:
-            text, searched = bytearray(), 0
-            # Up to a multiple of PIECE, so that the cuts after `start` depend on `start` alone.
-            while block := stream.read(PIECE - len(text) % PIECE):
-                text += block
-                if len(text) % PIECE:  # fewer bytes than requested
-                    continue
-                if cut := _cut_after(mark, text, searched) if mark else _cut_line(text, searched):
-                    yield bytes(text[:cut])
-                    start += cut
-                    del text[:cut]
-                searched = len(text)
-            if text or start == 0:  # an empty file may be a document, too
-                yield bytes(text)
-    except (pa.ArrowException, OSError, EOFError) as error:
+        with pa.OSFile(os.fsencode(path)) as raw:
+            if not compression:
+                raw.seek(start)
+                yield raw
+                return
+            if raw.size() == 0:
+                raise EOFError("empty, but a compressed file has a header")
+            with pa.CompressedInputStream(raw, compression) as stream:
+                while start > 0 and (block := stream.read(min(start, PIECE))):
+                    start -= len(block)
+                yield stream
+    except (pa.ArrowException, OSError, EOFError, ValueError) as error:
         raise _read_error(path, error) from None
-
-
-def _open_stream(path: Path, compression: str | None, start: int):
-    """The stream of the uncompressed bytes of a file from `start` on."""
-    import pyarrow as pa
-
-    raw = pa.OSFile(os.fsencode(path))
-    if not compression:
-        raw.seek(start)
-        return raw
-    if raw.size() == 0:
-        raise EOFError("empty, but a compressed file has a header")
-    stream = pa.CompressedInputStream(raw, compression)
-    while start > 0 and (block := stream.read(min(start, PIECE))):
-        start -= len(block)
-    return stream
 
 
 # Each returns the last place to cut `text`, or 0. The first `searched` bytes hold none.
 
 
-def _cut_after(separator: bytes, text: bytearray, searched: int) -> int:
-    # From left to right, as `split` does: three line ends contain b"\n\n" once, at their start.
-    parts = text[max(0, searched - len(separator) + 1) :].split(separator)
+def _cut_after(mark: re.Pattern, text: bytearray, searched: int) -> int:
+    # From left to right, as `split` does: three line ends contain b"\n\n" once, at their start. A
+    # pattern is at least as long as what it matches.
+    parts = mark.split(text[max(0, searched - len(mark.pattern)) :])
     return len(text) - len(parts[-1]) if len(parts) > 1 else 0
 
 
@@ -277,7 +339,7 @@ def read_jsonl(path: str, column: str, start: int, data: bytes) -> list[str | No
     return texts
 
 
-def read_txt(separator: bytes, data: bytes) -> list[str]:
+def read_txt(mark: re.Pattern | None, data: bytes) -> list[str]:
     """The documents between separators, if there is one; no document is between two in a row."""
-    parts = [part for part in data.split(separator) if part] if separator else [data]
+    parts = [part for part in mark.split(data) if part] if mark else [data]
     return [part.decode(errors="replace") for part in parts]

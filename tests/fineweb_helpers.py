@@ -108,7 +108,7 @@ def times_in(out: Path) -> dict[str, int]:
 # Texts, and files that contain them
 
 WORDS = (ROOT / "input.txt").read_text(encoding="utf-8").split(" ")
-INVALID = [b"caf\xe9 au lait", b"\xff\xfe", b"cut \xe4\xb8", b"\xed\xa0\x80 \xc0\x80", b"\xf4\x90a"]
+INVALID = [b"caf\xe9 au lait", b"\xff\xff", b"cut \xe4\xb8", b"\xed\xa0\x80 \xc0\x80", b"\xf4\x90a"]
 HOSTILE = [
     "床前明月光,疑是地上霜。 日本語のテキスト、カタカナ。 한국어 㐀 𠀀𪜶",
     "بِسْمِ اللَّهِ ١٢٣٤ السلام عليكم\u200f؟ \u202bעברית\u202c 123",

@@ -4,8 +4,11 @@ Each case ends with exactly one line that begins with "error: " and names the fi
 the remedy. Existing files do not change, and no file is left but a lock.
 """
 
+import datetime
+import errno
 import functools
 import json
+import multiprocessing.synchronize
 import os
 import shutil
 import subprocess
@@ -48,9 +51,12 @@ WRONG_SETTINGS = {
     "a size in words": (dict(shard_size="many"), "shard_size='many'", "whole number"),
     "half a token": (dict(shard_size=1.5), "shard_size='1.5'", "whole number"),
     "workers in words": (dict(workers="all"), "workers='all'", "whole number"),
-    "workers below 0": (dict(workers=-1), "workers=-1", "at least 0"),
-    "no shard_size": (dict(shard_size=0), "shard_size=0", "at least 1"),
-    "shard_size below 0": (dict(shard_size=-5), "shard_size=-5", "at least 1"),
+    "workers below 0": (dict(workers=-1), "workers=-1", "from 0 to 1,000"),
+    "a billion workers": (dict(workers="1e9"), "workers=1000000000", "from 0 to 1,000"),
+    "a trillion workers": (dict(workers="1e12"), "workers=1000000000000", "from 0 to 1,000"),
+    "a shard beyond memory": (dict(shard_size="1e12"), "shard_size=1000000000000", "from 1 to 10,"),
+    "no shard_size": (dict(shard_size=0), "shard_size=0", "from 1 to 10,000,000,000"),
+    "shard_size below 0": (dict(shard_size=-5), "shard_size=-5", "from 1 to 10,000,000,000"),
     "val_tokens below 0": (dict(val_tokens=-1), "val_tokens=-1", "from 0 to shard_size"),
     "val_tokens too many": (dict(val_tokens=SIZE + 1), "val_tokens=2001", "from 0 to shard_size"),
     "another engine": (dict(engine="bpe"), "engine='bpe'", "auto, gigatoken, tiktoken"),
@@ -218,9 +224,11 @@ WRONG_SOURCES = {
     "no such column": (
         "my.parquet", columns(body=["a"], url=["b"]), "'text'", "--text_column", ": body, url",
     ),
-    "no column at all": ("my.parquet", columns(), "'text'", "--text_column"),
     "a column of numbers": ("my.parquet", columns(text=[1, 2]), "text_column='text'", "int64"),
     "a column of lists": ("my.parquet", columns(text=[["a"]]), "text_column='text'", "list"),
+    "a column of dates": (
+        "my.parquet", columns(text=[datetime.date(2024, 1, 1)]), "text_column='text'", "date32",
+    ),
     "two such columns": ("my.parquet", twice_the_same, "'text'"),
     "a column's name in Latin-1": ("my.parquet", no_utf8_column, "fix it"),
     "a bad line": ("my.jsonl", line('{"text": '), "byte 14 ", "fix it"),
@@ -236,8 +244,8 @@ WRONG_SOURCES = {
     "a list for a text": ("my.jsonl", line('{"text": ["a"]}'), "byte 14 ", "'text'", "not text"),
     "one array": ("my.json", lambda p: p.write_text('[{"text": "a"}]'), "byte 0 ", "object"),
     "a jsonl in UTF-16": (
-        "my.jsonl", lambda p: p.write_text('{"text": "a"}\n', encoding="utf-16"), "byte 0 ",
-        "fix it",
+        "my.jsonl", lambda p: p.write_text('{"text": "a"}\n', encoding="utf-16"), "UTF-16",
+        "iconv",
     ),
 }  # fmt: skip
 
@@ -247,6 +255,11 @@ def test_a_source_that_cannot_be_read_is_named(case, refused):
     name, make, *words = WRONG_SOURCES[case]
     make(Path(name))
     refused(name, *words, source=name)
+
+
+def test_a_source_without_rows_and_columns_has_no_tokens(refused):
+    columns()(Path("my.parquet"))
+    refused("source", "only 0 tokens", source="my.parquet")
 
 
 def apply_damage(name: str) -> None:
@@ -351,6 +364,47 @@ def test_altered_ranks_are_named(refused, monkeypatch, tmp_path):
     monkeypatch.setattr(tokenizer, "RANKS", path)
     Path("my.txt").write_text(TEXT[:9000])
     refused(str(path), "restore", source="my.txt")
+
+
+# -------------------------------------------------------------------------------------------------
+# Processes that cannot be started
+
+
+@pytest.mark.parametrize("options", ["ro", "size=4k"])
+def test_dev_shm_that_is_not_writable_or_too_small_is_named(options, tmp_path):
+    """A real one, mounted for this process only. The locks of processes lie there."""
+    mount = f"mount -t tmpfs -o {options} tmpfs /dev/shm"
+    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("/dev/shm cannot be mounted here")
+    Path("my.txt").write_text(TEXT[:9000])
+    before = tree(tmp_path)
+    command = f"{mount} && {sys.executable} {ROOT}/fineweb.py --source=my.txt --out=out --workers=1"
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", command], capture_output=True, text=True, env=environment()
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--out" not in assert_one_line(done.stderr, ("/dev/shm",))
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC, errno.ENOENT])
+def test_a_lock_that_cannot_be_made_names_dev_shm(number, refused, monkeypatch):
+    def fail(*arguments, **settings):
+        raise OSError(number, os.strerror(number))
+
+    Path("my.txt").write_text(TEXT[:9000])
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", fail)
+    assert "--out" not in refused("/dev/shm", os.strerror(number), source="my.txt")
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EMFILE])
+def test_processes_that_cannot_be_started_name_the_workers(number, refused, monkeypatch):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    Path("my.txt").write_text(TEXT[:9000])
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", fail)
+    assert "--out" not in refused("workers", "fewer --workers", source="my.txt", workers=2)
 
 
 # -------------------------------------------------------------------------------------------------

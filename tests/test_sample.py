@@ -283,6 +283,7 @@ def test_a_closed_pipe_is_no_traceback(run):
     (["{run}", "--prompt=" + 65 * " word"], ["65 tokens", "only 64", "shorten"]),
     (["{run}", "--top_p=2"], ["top_p=2.0", "at most 1"]),
     (["{run}", "--top_p=0"], ["top_p=0.0", "above 0"]),
+    (["{run}", "--top_p=1e-300"], ["top_p=1e-300", "at least 1e-6"]),
     (["{run}", "--top_p=nan"], ["top_p=nan"]),
     (["{run}", "--temperature=-1"], ["temperature=-1.0"]),
     (["{run}", "--temperature=nan"], ["temperature=nan"]),
@@ -292,6 +293,11 @@ def test_a_closed_pipe_is_no_traceback(run):
     (["{run}", "--max_new_tokens=0"], ["max_new_tokens=0"]),
     (["{run}", "--slide=65"], ["slide=65", "only 64"]),
     (["{run}", "--seed=-1"], ["seed=-1"]),
+    (["{run}", "--seed=1e22"], [f"seed={10**22}", "must be from 0 to"]),
+    (["{run}", "--num=1e22"], [f"num={10**22}", "must be from 1 to"]),
+    (["{run}", "--max_new_tokens=1e22"], [f"max_new_tokens={10**22}", "must be from 1 to"]),
+    (["{run}", "--temperature=1e-300"], ["temperature=1e-300", "must be 0, or"]),
+    (["a" * 5000], ["neither a directory nor"]),
     (["{run}", "--topk=5"], ["--topk", "did you mean --top_k?"]),
     (["{run}", "--num=two"], ["num='two'", "whole number"]),
     (["{run}", "--int8=maybe"], ["int8='maybe'", "True or False"]),
@@ -332,3 +338,12 @@ def test_wrong_input_ends_with_code_2(tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert (end.value.code, out) == (2, "")
     assert re.fullmatch(r"error: models='log': .*python sample.py gpt2\n", err)
+
+
+def test_a_prompt_file_of_windows_is_read_or_refused_by_its_encoding(tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_bytes("Once upon a time\r\n".encode("utf-8-sig"))
+    assert sample.read_prompt(f"FILE:{path}") == "Once upon a time"
+    path.write_bytes("Once upon a time\r\n".encode("utf-16"))
+    with pytest.raises(UserError, match="prompt.txt.*UTF-16.*iconv"):
+        sample.read_prompt(f"FILE:{path}")

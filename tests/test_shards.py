@@ -464,3 +464,12 @@ def test_nothing_is_verified_without_a_manifest(listed, capsys):
     for data in (str(listed), "input.txt", "nowhere"):
         verify_shards(data, 0, 1, pytest.fail)
     assert capsys.readouterr().out == ""
+
+
+def test_what_macos_leaves_beside_a_shard_is_not_one(tmp_path):
+    for name in ("x_train_0.npy", "x_val_0.npy"):
+        write_npy(tmp_path / name, np.arange(10))
+        (tmp_path / f"._{name}").write_bytes(b"\0\5\x16\7" + bytes(100))
+    assert {split: len(s) for split, s in open_splits(str(tmp_path)).items()} == dict(
+        train=10, val=10
+    )

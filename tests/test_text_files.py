@@ -1,6 +1,8 @@
 """Text files as pieces: their texts and tokens are those of the files, wherever the cuts are."""
 
+import os
 import random
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -68,6 +70,29 @@ def test_a_row_group_in_parts_gives_the_same_rows(tmp_path, monkeypatch, group):
             assert list(rest) == pieces[i:]
 
 
+KINDS = ("null", "large_string", "string_view", "dictionary", "dictionary of large")
+
+
+@pytest.mark.parametrize(
+    "kind, rows", [*((kind, rows) for kind in KINDS for rows in (3, 0)), ("no", 0), ("number", 0)]
+)
+def test_parts_without_texts_and_other_types_do_not_stop_the_dataset(tmp_path, kind, rows):
+    """A part whose rows are all null, as pandas writes it, or that has no rows or columns."""
+    kinds = {
+        "null": pa.null(), "large_string": pa.large_string(), "string_view": pa.string_view(),
+        "dictionary": pa.dictionary(pa.int32(), pa.string()),
+        "dictionary of large": pa.dictionary(pa.int8(), pa.large_string()), "number": pa.int64(),
+    }  # fmt: skip
+    texts = [None] * rows if kind == "null" else ["one", None, "two"][:rows]
+    table = pa.table({} if kind == "no" else {"text": pa.array(texts, kinds[kind])})
+    pq.write_table(table, tmp_path / "a.parquet")
+    read = []
+    for piece in text_files.split_into_pieces(tmp_path / "a.parquet", 0, 0, "text", ""):
+        function, *arguments = piece.read
+        read += function(*arguments)
+    assert read == texts
+
+
 def test_a_column_is_found_by_its_full_name(tmp_path):
     table = {"text.html": ["no"], "body": ["yes"], "body.raw": ["no"], "text": ["no"]}
     pq.write_table(pa.table(table), tmp_path / "a.parquet")
@@ -83,7 +108,7 @@ ALPHABET = [
     *(word.encode() for word in ("a", "the", " the", "'s", "12", ".", "é", "中", "😀", "\u0301")),
     *(space.encode() for space in (" ", "\n", "\n", "\n\n", "\r\n", " \n", "\n ", "\t", "\r")),
     *(space.encode() for space in ("\x0b", "\x0c", "\x1c", "\x85", "\u00a0", "\u2028", "\u3000")),
-    *(b"\xff", b"\xe4\xb8", b"\xf0\x9f", b"\xa0", b"<|endoftext|>", b"\x00", b"word" * 20),
+    *(b"\xff", b"\xe4\xb8", b"\xf0\x9f", b"\xa0", b"<|endoftext|>", b"a word\x00", b"word" * 20),
 ]  # fmt: skip
 
 
@@ -113,8 +138,9 @@ def test_cuts_change_nothing(tmp_path, monkeypatch, engine, separator):
         else:
             path, documents = tmp_path / f"{seed}.txt{ending}", [b"".join(parts)]
             write_txt(path, documents[0])
-            if mark := separator.encode():
-                documents = [part for part in documents[0].split(mark) if part]
+            if separator:  # whose line ends match LF and CRLF
+                mark = separator.replace("\r", "").replace("\n", "\r?\n").encode()
+                documents = [part for part in re.split(mark, documents[0]) if part]
         arguments = ("text", separator or "")
         pieces = list(text_files.split_into_pieces(path, 0, 0, *arguments))
         results = [fineweb.tokenize(piece.begins, piece.read) for piece in pieces]
@@ -189,6 +215,74 @@ def test_the_files_of_a_source(tmp_path, capsys, source, names):
     assert found == expected
     printed = capsys.readouterr().err
     assert ("README.md" in printed) == (source in (".", "**", "**/*", "**/**/*.*"))
+
+
+@pytest.mark.parametrize("pattern", ["", "**", "**/*.txt", "*/**/*.txt", "**/**/*.txt"])
+def test_links_are_followed_and_each_directory_is_read_once(tmp_path, pattern):
+    """Loops of links end: to a parent, to itself, two in one directory, and between two."""
+    source, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    for directory in (source / "a", source / "b", elsewhere / "deep"):
+        directory.mkdir(parents=True)
+        (directory / "1.txt").write_text("x")
+    (source / "linked").symlink_to(elsewhere)
+    for link, target in (("a/up", ".."), ("a/again", "."), ("b/a", "../a"), ("a/b", "../b")):
+        (source / link).symlink_to(target)
+    (elsewhere / "deep" / "back").symlink_to(source)
+    (source / "b" / "2.txt").symlink_to("1.txt")
+    found = text_files.find_files(str(source / pattern), tmp_path / "out")
+    names = sorted(f"{file.parent.resolve().name}/{file.name}" for file in found)
+    assert names == ["a/1.txt", "b/1.txt", "b/2.txt", "deep/1.txt"]
+
+
+@pytest.mark.parametrize("pattern", ["", "*", "gone.txt", "**/*.txt"])
+@pytest.mark.parametrize("target", ["nowhere.txt", "gone.txt"])
+def test_a_dangling_link_is_named(tmp_path, pattern, target):
+    """To a file that is not there, or to itself."""
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "gone.txt").symlink_to(target)
+    with pytest.raises(UserError, match=r"gone\.txt: .*link"):
+        text_files.find_files(str(tmp_path / pattern), tmp_path / "out")
+
+
+def test_a_dangling_link_to_a_directory_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "disk2").symlink_to("/mnt/not_mounted/data")
+    with pytest.raises(UserError, match=r"disk2: .*link"):
+        text_files.find_files(str(tmp_path), tmp_path / "out")
+
+
+@pytest.mark.parametrize("pattern", ["", "**", "*/*", "**/*.txt"])
+def test_files_that_macos_adds_are_not_read(tmp_path, capsys, pattern):
+    names = ("a/._1.txt", "a/.DS_Store", "__MACOSX/a/1.txt", "__MACOSX/a/._1.txt", "._a/1.txt")
+    for name in ("a/1.txt", *names):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    found = text_files.find_files(str(tmp_path / pattern), tmp_path / "out")
+    assert found == [tmp_path / "a/1.txt"] and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*.txt"])
+@pytest.mark.parametrize("what", ["b", "b/2.txt"])
+def test_what_may_not_be_read_is_named(tmp_path, monkeypatch, pattern, what):
+    """A directory without permission to list it, or to look at its files (root always may)."""
+    (tmp_path / "b").mkdir()
+    for name in ("1.txt", "b/2.txt"):
+        (tmp_path / name).write_text("x")
+    real = {name: getattr(os, name) for name in ("scandir", "stat")}
+
+    def guard(name):
+        def call(path=".", *arguments, **settings):
+            denied = str(tmp_path / what)
+            if (name, str(path)) in (("scandir", denied), ("stat", str(tmp_path / "b/2.txt"))):
+                raise PermissionError(13, "Permission denied", path)
+            return real[name](path, *arguments, **settings)
+
+        return call
+
+    for name in real:
+        monkeypatch.setattr(os, name, guard(name))
+    with pytest.raises(UserError, match=rf"{what}: cannot be read .*ermission"):
+        text_files.find_files(str(tmp_path / pattern), tmp_path / "out")
 
 
 def test_directories_without_a_file_of_a_known_kind_are_refused(tmp_path):
