@@ -97,7 +97,7 @@ class Run:
 
 def read_run(name: str) -> Run:
     """The run of a log directory or a log.txt. Raises UserError if there is none."""
-    path = Path(name) / "log.txt" if Path(name).is_dir() else Path(name)
+    path = Path(name) / "log.txt" if os.path.isdir(name) else Path(name)
     try:
         streams = read_streams(path)
         progress = read_progress(path.parent / "progress.txt")
@@ -141,7 +141,7 @@ def read_settings(path: Path) -> tuple[bool, int]:
         return on_fineweb, int(settings["total_batch_size"])
     except FileNotFoundError:
         return True, NANOGPT_BATCH
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return False, NANOGPT_BATCH
 
 

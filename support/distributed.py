@@ -1,8 +1,11 @@
 """The processes of a run: rank, device and process group, and which process is missing."""
 
 import contextlib
+import ctypes
 import os
 import re
+import signal
+import sys
 import time
 import uuid
 from dataclasses import dataclass
@@ -87,6 +90,7 @@ def initialize(
     chosen = devices.choose_device(device, launch.local_rank)
     if chosen.type == "mps" and launch.world_size > 1:
         raise SettingError("device='mps': one process only; start several with --device=cpu")
+    stop_with_launcher()
     if launch.world_size > 1 and not dist.is_initialized():
         join_process_group(launch.rank, launch.world_size, chosen, timeout_s)
     if chosen.type == "cuda":
@@ -181,6 +185,15 @@ def find_missing(rank: int) -> str:
         if rank > 0 and "Timed out" in str(error):
             return "no answer from rank 0"
     return "another process has ended"
+
+
+def stop_with_launcher() -> None:
+    """Makes the kernel send SIGTERM to this process when torchrun has ended (Linux).
+
+    A launcher that is killed, e.g. by SIGUSR1, would otherwise leave its processes training.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ Source: Zellers et al. 2019 (the dataset); build-nanogpt's hellaswag.py, whose n
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +35,8 @@ STYLES = ("completion", "harness", "choice")
 FOLDER = Path(__file__).resolve().parent.parent / "hellaswag"
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{}.jsonl"
 EXAMPLES = {"train": 39905, "val": 10042}
+# What reading a line raises that holds no example.
+LINE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 # Tokens in one forward pass. On a CPU its working set should fit the caches.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768, "mps": 16384}
 LOSS_CHUNK = {"cpu": 256, "cuda": 4096, "mps": 2048}  # positions whose logits exist at a time
@@ -54,7 +57,7 @@ def find_file(split: str = "val", data: str | None = None) -> Path:
         if not _is_complete(path, split):
             _download_once(path, split)
         return path
-    if not Path(data).is_file():
+    if not os.path.isfile(data):  # Path raises for a name that is too long
         raise UserError(f"data={data!r}: no such file; python hellaswag.py downloads one")
     return Path(data)
 
@@ -116,7 +119,7 @@ def read_examples(path: Path, limit: int = 0) -> list[dict]:
                     break
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; cannot be read") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except LINE_ERRORS as error:
         reason = f"{type(error).__name__}: {str(error)[:80]}"
         raise UserError(f"{path}: line {number:,} is not a HellaSwag example ({reason})") from None
     if not examples:

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch.nn import functional as F
 
 from support import model_function
@@ -125,12 +126,17 @@ def check_code(model) -> None:
     if function.number is None:
         return
     tiny = model_function.build_tiny(model)
-    with tempfile.TemporaryDirectory() as directory:
-        try:
+    try:
+        with tempfile.TemporaryDirectory() as directory:
             save_weights(tiny, Path(directory))
             loaded = load_model(type(tiny), type(tiny.config), directory)
-        except UserError as error:
-            raise UserError(f"the model in train_gpt2.py cannot be loaded again: {error}") from None
+    except (OSError, SafetensorError) as error:  # the second one is also raised by a full disk
+        raise UserError(
+            f"{tempfile.tempdir or 'TMPDIR'}: a temporary file cannot be written there "
+            f"({str(error).strip()}); make room, or name another directory in the variable TMPDIR"
+        ) from None
+    except UserError as error:
+        raise UserError(f"the model in train_gpt2.py cannot be loaded again: {error}") from None
     state = loaded.state_dict()
     for name, tensor in tiny.state_dict().items():
         if not tensor.equal(state[name]):
@@ -232,7 +238,7 @@ def read_config(source: str) -> tuple[Path, dict]:
         )
     try:
         config = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: {error}; not a model directory") from None
     _validate_config(source, config)
     return directory, config
@@ -271,7 +277,12 @@ def _read_weights(source: str, directory: Path, config: dict) -> dict:
         tensor = tensor.float()
         if not tensor.isfinite().all():
             raise UserError(f"{source}: {name} holds NaN or inf; the file is damaged")
-        weights[name] = tensor.t() if TRANSPOSED.search(name) else tensor
+        weights[name] = tensor.mT if TRANSPOSED.search(name) and tensor.dim() > 1 else tensor
+    if config["n_layer"] > len(weights):  # to build such a model might never end
+        raise UserError(
+            f"{source}: not this GPT-2: n_layer in config.json is {config['n_layer']}, but there "
+            f"are only {len(weights)} tensors"
+        )
     if config.get("tie_word_embeddings", True) and WTE in weights:
         weights.setdefault(HEAD, weights[WTE])
     vocab_shape = (config["vocab_size"], config["n_embd"])

@@ -1,6 +1,7 @@
 """The files of a model: finding its directory, here or on the Hugging Face Hub, and its tensors."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -27,19 +28,19 @@ def find_directory(source: str) -> Path:
     What exists here or looks like a path is never looked for on the Hub. Raises UserError if the
     model is not found.
     """
-    directory = Path(source)
-    if (directory / "config.json").exists():
+    directory = Path(source)  # its methods raise for a name that is too long
+    if os.path.exists(directory / "config.json"):
         return directory
-    if directory.is_dir():
+    if os.path.isdir(directory):
         return checkpoint.newest_valid(directory, file=sys.stderr) or directory
-    if directory.is_file():
+    if os.path.isfile(directory):
         raise UserError(
             f"{source}: is a file; name a directory in Hugging Face format (to convert a ckpt.pt "
             "of nanoGPT, copy its state_dict into transformers' GPT2LMHeadModel, whose four "
             "matrices per block are transposed, and use save_pretrained)"
         )
     parts = directory.parts
-    is_path = source.endswith(FILE_SUFFIXES) or (len(parts) > 1 and Path(parts[0]).exists())
+    is_path = source.endswith(FILE_SUFFIXES) or (len(parts) > 1 and os.path.exists(parts[0]))
     on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) and not is_path
     if source not in HUB_NAMES and not on_hub:
         names = ", ".join(HUB_NAMES)

@@ -170,8 +170,13 @@ def read_run_json(log_dir: Path, resume: bool) -> dict:
             "continue it"
         )
     try:
+        for file in (log, log_dir / "progress.txt"):
+            if file.exists():
+                open(file, "rb").close()  # what cannot be read is reported before a file changes
         content = json.loads(path.read_text(encoding="utf-8"))
-        if "data" not in content or "max_steps" not in content["settings"]:
+        settings = content["settings"]
+        is_run = isinstance(settings, dict) and type(settings["max_steps"]) is int
+        if not is_run or "data" not in content:
             raise ValueError("not a description of a run")
         return content
     except FileNotFoundError:
@@ -182,8 +187,9 @@ def read_run_json(log_dir: Path, resume: bool) -> dict:
             ) from None
         return {}
     except OSError as error:  # log_dir is a file, or may not be read
-        raise SettingError(f"{where}: {error.strerror}; choose another --log_dir") from None
-    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{error.filename}: {error.strerror}"
+        raise SettingError(f"{where}: {reason}; choose another --log_dir") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         remedy = "remove it to continue this run" if checkpoints else "choose another --log_dir"
         raise SettingError(f"{path}: damaged ({error}); {remedy}") from None
 

@@ -1,10 +1,7 @@
 """Coordinated shutdown on a signal (SIGTERM, SIGINT, ...): all ranks stop at the same step."""
 
-import ctypes
 import functools
-import os
 import signal
-import sys
 import threading
 import time
 
@@ -52,7 +49,6 @@ class StopSignals:
             if name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # nohup: the run is to survive its terminal
             self.previous_handlers[number] = signal.signal(number, handler)
-        stop_with_launcher()
         return self
 
     def __exit__(self, *_):
@@ -99,12 +95,3 @@ class StopSignals:
             if count > 0:
                 return int(getattr(signal, name))
         return None
-
-
-def stop_with_launcher() -> None:
-    """Makes the kernel send SIGTERM to this process when torchrun has ended (Linux).
-
-    A launcher that is killed, e.g. by SIGUSR1, would otherwise leave its processes training.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

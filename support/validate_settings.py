@@ -1,6 +1,8 @@
 """Checks of the trainer's settings: each error names the setting, its value and the remedy."""
 
+import errno
 import math
+import os
 
 from support import devices, trackers
 from support.errors import SettingError
@@ -29,6 +31,7 @@ def validate(settings: dict, ramp_start: int) -> None:
     ramp_start: tokens per step at the start of a batch ramp
     """
     check_ranges(settings)
+    check_paths(settings)
     check_combinations(settings, ramp_start)
     trackers.validate(settings["tracker"])
     devices.validate_device_and_dtype(settings["device"], settings["dtype"])
@@ -48,6 +51,17 @@ def check_ranges(settings: dict) -> None:
     for name, choices in CHOICES.items():
         if settings[name] not in choices:
             raise SettingError(f"{name}={settings[name]!r}: must be {' or '.join(choices)}")
+
+
+def check_paths(settings: dict) -> None:
+    """Raises SettingError if a setting is too long for a path."""
+    for name in ("data", "init_from", "hellaswag_data", "log_dir"):
+        try:
+            os.lstat(settings[name])
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                short = settings[name][:50]
+                raise SettingError(f"{name}={short!r}...: {error.strerror}; shorten it") from None
 
 
 def check_combinations(settings: dict, ramp_start: int) -> None:
