@@ -974,8 +974,10 @@ def parse_config(arguments: list[str]) -> Config:
 def main() -> int:
     try:
         code = train(parse_config(sys.argv[1:]), process_ends=True)
-    except torch.OutOfMemoryError as error:
-        reason = str(error).split(". ")[0]
+    except RuntimeError as error:
+        if "allocate memory" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = str(error).split("Allocator: ")[-1].split(". ")[0]
         raise UserError(f"{reason}; give a smaller --B, or 0 for the most that fit") from None
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -33,6 +33,8 @@ def run_main(main, alone: bool = False) -> None:
     A UserError is printed in one line and exits with its code, an interrupt (^C) exits with 130,
     and a reader that closed the pipe (`| head`) ends the program with 141, as SIGPIPE would.
     """
+    # Without a console (`>&-`, pythonw) there are no streams.
+    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):  # file names may hold what the console cannot print
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

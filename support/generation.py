@@ -5,6 +5,7 @@ from torch.nn import functional as F
 
 from support import tokenizer
 from support.distributed import Runtime
+from support.errors import UserError
 
 
 class KVCache:
@@ -78,8 +79,10 @@ def stream(model, idx, max_new_tokens, stop=None, slide=1, **sampling):
     caches = [KVCache(length) for _ in model.transformer.h]
     stopped = torch.zeros_like(seen[:, :1], dtype=torch.bool)
     for _ in range(max_new_tokens):
-        x = model.hidden(new, caches=caches)[:, -1]
-        new = sample_ids(model.logits(x).float(), **sampling)
+        logits = model.logits(model.hidden(new, caches=caches)[:, -1]).float()
+        if new is seen and not logits.isfinite().all():  # checked where a GPU has to be waited for
+            raise UserError("the logits are not finite; train again with a lower --max_lr")
+        new = sample_ids(logits, **sampling)
         if stop is not None:
             new = new.masked_fill(stopped, stop)
             stopped |= new == stop

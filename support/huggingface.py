@@ -278,11 +278,6 @@ def _read_weights(source: str, directory: Path, config: dict) -> dict:
         if not tensor.isfinite().all():
             raise UserError(f"{source}: {name} holds NaN or inf; the file is damaged")
         weights[name] = tensor.mT if TRANSPOSED.search(name) and tensor.dim() > 1 else tensor
-    if config["n_layer"] > len(weights):  # to build such a model might never end
-        raise UserError(
-            f"{source}: not this GPT-2: n_layer in config.json is {config['n_layer']}, but there "
-            f"are only {len(weights)} tensors"
-        )
     if config.get("tie_word_embeddings", True) and WTE in weights:
         weights.setdefault(HEAD, weights[WTE])
     vocab_shape = (config["vocab_size"], config["n_embd"])
@@ -296,4 +291,9 @@ def _read_weights(source: str, directory: Path, config: dict) -> dict:
                 f"{source}: not this GPT-2: {name} is {found}, and not {shape} as its config.json "
                 "says"
             )
+    if config["n_layer"] > len(weights):  # to build such a model might never end
+        raise UserError(
+            f"{source}: not this GPT-2: n_layer in config.json is {config['n_layer']}, but there "
+            f"are only {len(weights)} tensors"
+        )
     return weights

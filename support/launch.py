@@ -104,8 +104,13 @@ def print0(line: str, bold: bool = False, file=None) -> None:
         return
     if bold and file.isatty() and not os.environ.get("NO_COLOR"):
         line = f"\033[1m{line}\033[0m"
-    tqdm.write(line, file=file)
-    file.flush()
+    try:
+        tqdm.write(line, file=file)
+        file.flush()
+    except BrokenPipeError:  # the reader of `| head` has ended
+        raise
+    except OSError:  # the terminal is gone, or the disk of the console's file is full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def print_rank(line: str) -> None:

@@ -1,5 +1,6 @@
 """One run at a time in a log directory: a lock that ends with its process, however that ends."""
 
+import contextlib
 import json
 import os
 import socket
@@ -48,7 +49,8 @@ class RunLock:
             if write and not problem:
                 started = time.strftime("%Y-%m-%d %H:%M:%S")
                 holder = dict(host=socket.gethostname(), pid=os.getpid(), since=started)
-                write_text(self.holder, json.dumps(holder) + "\n")
+                with contextlib.suppress(OSError):  # `try_directory` reports it
+                    write_text(self.holder, json.dumps(holder) + "\n")
         if problem := self.runtime.all_gather(problem)[0]:
             raise SettingError(problem)
 

@@ -204,7 +204,8 @@ def describe_software() -> dict:
 
     def git(*arguments: str) -> bytes:
         try:
-            return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True).stdout
+            options = ["-c", f"safe.directory={ROOT}", "-C", ROOT]  # another user may own it
+            return subprocess.run(["git", *options, *arguments], capture_output=True).stdout
         except OSError:  # git is not installed
             return b""
 
@@ -235,8 +236,8 @@ def check_resume(
     may_change: names of the settings that need not match; max_steps may only grow
     """
     where, before = f"log_dir={str(log_dir)!r}", earlier["settings"]
-    for name, value in settings.items():
-        old, grows = before.get(name), name == "max_steps"
+    for name in settings | before:  # also those that only one of the two has
+        value, old, grows = settings.get(name), before.get(name), name == "max_steps"
         if value != old and (name not in may_change or (grows and value < old)):
             raise SettingError(
                 f"{name}={value!r}: {where} holds a run with {name}={old!r}"

@@ -13,19 +13,23 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
+pytest.register_assert_rewrite(
+    "fineweb_helpers", "hellaswag_helpers", "hub_helpers", "model_helpers"
+)
 ROOT = Path(__file__).resolve().parent.parent
-torch.set_num_threads(1)  # more only cost at these sizes
+# For the test processes and all that they start, before torch is imported: at these sizes more
+# threads only cost. (torch is imported by the workers only: pytest's first process needs no test.)
+os.environ["OMP_NUM_THREADS"] = "1"
 # A shell's background job has SIGINT ignored, which its children would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TEXT = (ROOT / "input.txt").read_text(encoding="utf-8")[:16000]  # about 5,000 tokens
 
-# A run of a second: 4 rows of 32 tokens a step, float32, uncompiled.
+# A run of half a second: 2 rows of 32 tokens a step, float32, uncompiled.
 SMALL = dict(
-    n_layer=2, n_head=2, n_embd=32, T=32, B=4, total_batch_size=128, max_lr=1e-3, min_lr=1e-4,
-    warmup_steps=2, max_steps=4, val_every=0, val_tokens=1024, sample_every=0, checkpoint_every=0,
+    n_layer=2, n_head=2, n_embd=16, T=32, B=2, total_batch_size=64, max_lr=1e-3, min_lr=1e-4,
+    warmup_steps=2, max_steps=4, val_every=0, val_tokens=128, sample_every=0, checkpoint_every=0,
     hellaswag_every=0, curves=False, dtype="float32", compile=False,
 )  # fmt: skip
 
@@ -180,6 +184,8 @@ def tree(directory: Path) -> dict[str, str]:
 
 def assert_same_tensors(a, b, where=""):
     """Two states must be equal to the last bit."""
+    import torch
+
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b), where
     elif isinstance(a, dict):
@@ -197,6 +203,8 @@ def assert_same_tensors(a, b, where=""):
 
 def assert_same_end(one, other) -> None:
     """Two runs must have ended in the same weights, training state and log, bit for bit."""
+    import torch
+
     a, b = (Path(c.log_dir) / f"step_{c.max_steps:05d}" for c in (one, other))
     assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
     assert_same_tensors(*(torch.load(d / "train_state.pt") for d in (a, b)))

@@ -1,28 +1,31 @@
 """Joining the processes of a run: an address that cannot be used, and ranks that never come."""
 
 import socket
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, assert_one_line, environment
+import torch.distributed as dist
+from conftest import assert_one_line
 
-JOIN = """
 from support.distributed import initialize
 from support.errors import run_main
 from support.launch import read_launch
 
-run_main(lambda: initialize("cpu", "float32", read_launch(), timeout_s=2))
-"""
 
+@pytest.fixture
+def join(monkeypatch, capsys):
+    """A function: rank, port -> exit code and stderr of a process of two that never meets the
+    other one. It runs in this process."""
 
-def join(rank: int, port: int) -> subprocess.CompletedProcess:
-    """What a process of two does that never meets the other one, without the log of torch."""
-    variables = dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    return subprocess.run(
-        [sys.executable, "-c", JOIN], env=environment(**variables, TORCH_CPP_LOG_LEVEL="FATAL"),
-        cwd=ROOT, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+    def run(rank: int, port: int) -> tuple[int, str]:
+        variables = dict(RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(SystemExit) as stop:
+            run_main(lambda: initialize("cpu", "float32", read_launch(), timeout_s=1))
+        assert not dist.is_initialized()
+        return stop.value.code, capsys.readouterr().err
+
+    return run
 
 
 @pytest.fixture
@@ -33,19 +36,19 @@ def free_port():
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_never_comes_is_a_lost_process(rank, free_port):
-    done = join(rank, free_port)
-    assert done.returncode == 3, done.stderr
-    words = (f"rank {rank}", "2 processes", f"127.0.0.1:{free_port}", "timeout_s=2")
-    assert_one_line(done.stderr, words)
+def test_a_rank_that_never_comes_is_a_lost_process(rank, free_port, join):
+    code, error = join(rank, free_port)
+    assert code == 3, error
+    words = (f"rank {rank}", "2 processes", f"127.0.0.1:{free_port}", "timeout_s=1")
+    assert_one_line(error, words)
 
 
-def test_a_port_in_use_is_refused():
+def test_a_port_in_use_is_refused(join):
     with socket.socket(socket.AF_INET6) as other:
         other.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         other.bind(("::", 0))
         other.listen()
         port = other.getsockname()[1]
-        done = join(0, port)
-    assert done.returncode == 2, done.stderr
-    assert_one_line(done.stderr, (f"MASTER_PORT={port}", "in use"))
+        code, error = join(0, port)
+    assert code == 2, error
+    assert_one_line(error, (f"MASTER_PORT={port}", "in use"))

@@ -533,6 +533,13 @@ def test_a_given_file_may_be_of_any_length(tmp_path):
         hellaswag_eval.read_examples(path)
 
 
+@pytest.mark.parametrize("name", ["none.jsonl", "a" * 300, "", "."])
+def test_a_path_that_is_no_file_is_named(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"data={name!r}: no such file"):
+        hellaswag_eval.find_file(data=name)
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -540,8 +547,9 @@ def test_a_given_file_may_be_of_any_length(tmp_path):
         json.dumps({"ctx": "a" * 20_000}).encode(),
         ("{" + "x" * 20_000).encode("utf-16"),
         b"[" * 20_000,
+        json.dumps(make_examples(1)[0] | {"label": math.inf}).encode(),
     ],
-    ids=["not UTF-8", "other JSON", "UTF-16", "nested"],
+    ids=["not UTF-8", "other JSON", "UTF-16", "nested", "an infinite label"],
 )
 def test_a_file_of_another_kind_is_one_short_line(tmp_path, content):
     path = tmp_path / "other.jsonl"

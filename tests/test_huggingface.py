@@ -4,14 +4,18 @@
 """
 
 import dataclasses
+import errno
 import json
 import math
 import os
 import shutil
+import tempfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -76,6 +80,10 @@ def put_nan(tensors: dict) -> None:
     tensors["transformer.h.1.mlp.c_fc.bias"][3] = math.nan
 
 
+def add_dimension(tensors: dict) -> None:
+    tensors["transformer.h.1.mlp.c_fc.weight"] = tensors["transformer.h.1.mlp.c_fc.weight"][None]
+
+
 def untie(tensors: dict) -> None:
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"] + 1
 
@@ -98,7 +106,9 @@ def without(name: str):
         (lambda d: edit_config(d, gpt_config="{}"), "another version of the model"),
         (lambda d: edit_config(d, gpt_config={"n_lyer": 2}), "another version.*n_lyer"),
         (lambda d: edit_config(d, n_layer=3), "transformer.h.2"),
+        (lambda d: edit_config(d, n_layer=10**22), f"n_layer in config.json is {10**22}, but"),
         (lambda d: edit_config(d, n_embd=48), "not this GPT-2"),
+        (lambda d: (d / "config.json").write_text("[" * 100_000), "config.json"),
         (lambda d: (d / "model.safetensors").unlink(), "no weights in it .model.safetensors"),
         (truncate, "model.safetensors: .*damaged"),
         (lambda d: edit_config(d, n_head=3), "n_head"),
@@ -106,6 +116,7 @@ def without(name: str):
         (lambda d: torch.save({"model": {}, "step": 1}, with_old_file(d)), "pytorch_model.bin"),
         (lambda d: edit_weights(d, put_nan), "transformer.h.1.mlp.c_fc.bias holds NaN"),
         (lambda d: edit_config(d, tie_word_embeddings=False), "lm_head.weight is None"),
+        (lambda d: edit_weights(d, add_dimension), "not this GPT-2"),
         (without("transformer.h.1.ln_2.weight"), "transformer.h.1.ln_2.weight"),
         (without("transformer.wte.weight"), "transformer.wte.weight"),
         (without("transformer.wpe.weight"), "transformer.wpe.weight"),
@@ -130,6 +141,28 @@ def test_more_positions_than_the_model_has_are_refused(saved):
     """The setting T, its value and the length that the model has are named."""
     with pytest.raises(UserError, match="T=33.* 32 "):
         GPT.from_pretrained(str(saved[1]), block_size=33)
+
+
+@pytest.mark.parametrize("kind", ["full", "missing", "full for safetensors"])
+def test_a_temporary_directory_that_is_full_or_missing_is_named(saved, monkeypatch, kind):
+    """There the code of the model is checked, by saving and loading a tiny one."""
+    place, error = str(saved[1] / "gone"), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if kind == "full for safetensors":
+        error = SafetensorError('Error: I/O error: No space left on device "/tmp/x"')
+    if kind == "missing":
+        monkeypatch.setattr(tempfile, "tempdir", place)
+    else:
+        place = tempfile.gettempdir()
+        monkeypatch.setattr(huggingface, "save_weights", Mock(side_effect=error))
+    with pytest.raises(UserError, match=f"{place}: a temporary file cannot be .*TMPDIR"):
+        huggingface.check_code(saved[0])
+
+
+def test_without_a_temporary_directory_the_variable_is_named(saved, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/gone"])
+    with pytest.raises(UserError, match="TMPDIR: .*/gone"):
+        huggingface.check_code(saved[0])
 
 
 def test_old_file_of_tensors_is_read(saved, copied):

@@ -131,11 +131,22 @@ def test_there_is_no_import_cycle():
 
 
 def test_an_import_is_light_and_has_no_effect(tmp_path):
-    """Each module alone in a new interpreter: no heavy package, no process group, no file."""
+    """In a new interpreter: no heavy package, no process group, no file.
+
+    The trainer takes little more time than torch alone.
+    """
     modules = [name for name in (*COMMANDS, *SUPPORT) if name != "support.__init__"]
     program = f"""
-import importlib, sys
+import importlib, sys, time
 import torch.distributed as dist
+started = time.perf_counter()
+import train_gpt2
+seconds = time.perf_counter() - started
+if seconds > 2:
+    sys.exit(f"import train_gpt2 takes {{seconds:.1f}} s: import less in it")
+for package in ("tiktoken", "torch._inductor.compile_fx"):
+    if package in sys.modules:
+        sys.exit(f"import train_gpt2 imports {{package}}: import it where it is needed")
 for name in {modules}:
     importlib.import_module(name)
     heavy = [package for package in {HEAVY} if package in sys.modules]

@@ -149,7 +149,16 @@ def test_other_names_of_the_activation_are_accepted(reference, copied, name):
 
 
 @pytest.mark.parametrize(
-    "source", ["out/ckpt.pt", "ckpt.pt", "./out", "out/step_00010", "out/model.safetensors", "~/x"]
+    "source",
+    [
+        "out/ckpt.pt",
+        "ckpt.pt",
+        "./out",
+        "out/step_00010",
+        "out/model.safetensors",
+        "~/x",
+        "x" * 300,
+    ],
 )
 def test_what_looks_like_a_path_is_not_sent_to_the_hub(tmp_path, monkeypatch, source):
     def download(*_, **__):

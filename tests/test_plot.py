@@ -310,7 +310,17 @@ def test_the_published_loss_is_drawn_only_for_fineweb(tmp_path, data, shown):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", '{"settings": 3}', '{"settings": {"data": 3}}']
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"settings": 3}',
+        '{"settings": {"data": 3}}',
+        "[" * 100_000,
+        '{"settings": {"data": "edu_fineweb10B", "total_batch_size": Infinity}}',
+    ],
 )
 def test_a_damaged_run_json_does_not_count_as_fineweb(tmp_path, content):
     log = write_run(tmp_path / "a", NANOGPT)
@@ -464,6 +474,7 @@ def test_help_is_short_and_complete(capsys):
     (["partial"], "log.txt: has no line `step stream value`"),
     (["nan"], "log.txt: has no line `step stream value`"),
     (["damaged"], "log.txt: has no line `step stream value`"),
+    (["a" * 300], "aaa: cannot be read (File name too long)"),
     (["odd"], "log.txt: cannot be read (Is a directory)"),
     (["good", "-o", "no/where/x.png"], "out='no/where/x.png': cannot be written (No such file or"),
     (["good", "-o", "taken.png"], "out='taken.png': cannot be written (Is a directory); choose"),

@@ -18,28 +18,11 @@ from support.huggingface import find_non_finite
 from support.shards import open_splits
 
 
-def test_import_is_light_and_leaves_nothing(tmp_path):
-    """No file, no process group, no heavy package, and little more time than torch alone."""
-    code = (
-        "import time, torch; started = time.perf_counter(); import train_gpt2, sys, os, json;"
-        "print(json.dumps([time.perf_counter() - started, os.listdir('.'),"
-        " torch.distributed.is_initialized(),"
-        " [m for m in ('transformers', 'tiktoken', 'matplotlib', 'torch._inductor.compile_fx')"
-        " if m in sys.modules]]))"
-    )
-    env = environment(PYTHONPATH=str(ROOT), PYTHONDONTWRITEBYTECODE="1")
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
-    seconds, files, initialized, heavy = json.loads(done.stdout)
-    assert seconds < 2 and files == [] and not initialized and heavy == []
-
-
 def test_tiny_runs_from_any_directory(tmp_path):
     """The README's first command, for one step: it finds input.txt, the tokenizer and plot.py by
     its own place, and writes validation, sample, checkpoint and picture into the current one."""
     command = [sys.executable, str(ROOT / "train_gpt2.py"), "tiny", "--max_steps=1"]
-    command += ["--val_tokens=1024", "--sample_tokens=20", "--T=32", "--total_batch_size=256"]
+    command += ["--val_tokens=64", "--sample_tokens=8", "--T=32", "--total_batch_size=32"]
     here, env = tmp_path / "here", environment(HOME=str(tmp_path / "home"))
     here.mkdir()
     done = subprocess.run(command, cwd=here, env=env, capture_output=True, text=True)
@@ -48,7 +31,7 @@ def test_tiny_runs_from_any_directory(tmp_path):
     assert "--- sample 0 at step 1\nQUEEN MARETH:\n" in done.stdout
     assert [path.name for path in here.iterdir()] == ["log_tiny"]
     assert sorted(path.name for path in (here / "log_tiny").iterdir()) == [
-        "curves.png", "log.txt", "progress.txt", "run.json", "step_00001",
+        ".lock", "curves.png", "log.txt", "progress.txt", "run.json", "step_00001",
     ]  # fmt: skip
 
 
@@ -90,13 +73,13 @@ def test_fine_tuning_starts_from_the_given_model(small, tmp_path, capsys):
 
 def test_each_epoch_is_printed_once(small, capsys):
     """In the line before the first step that begins in it."""
-    config = small(total_batch_size=12 * 32, B=12, max_steps=9)
+    config = small(total_batch_size=6 * 32, B=6, max_steps=9)
     text = Path(config.data).read_text(encoding="utf-8")
-    Path(config.data).write_text(text[: len(text) // 4], encoding="utf-8")
+    Path(config.data).write_text(text[: len(text) // 8], encoding="utf-8")
     train_gpt2.train(config)
     output = capsys.readouterr().out
     windows = (len(open_splits(config.data)["train"]) - 1) // 32
-    first = [-(-windows * epoch // 12) for epoch in (1, 2, 3)]
+    first = [-(-windows * epoch // 6) for epoch in (1, 2, 3)]
     expected = [
         f"step {step:5d} | epoch {epoch} of the data"
         for step, epoch in zip(first, (2, 3, 4))
@@ -106,10 +89,8 @@ def test_each_epoch_is_printed_once(small, capsys):
     assert [line for line in output.splitlines() if "| epoch" in line] == expected
 
 
-def test_no_file_of_a_run_is_open_to_others_for_writing(small):
-    config = small()
-    train_gpt2.train(config)
-    for path in Path(config.log_dir).rglob("*"):
+def test_no_file_of_a_run_is_open_to_others_for_writing(stopped):
+    for path in Path(stopped.log_dir).rglob("*"):
         assert not path.stat().st_mode & stat.S_IWOTH, path
 
 
@@ -133,11 +114,11 @@ def train_past_a_nan(config, monkeypatch, capsys) -> list[dict]:
 
     The weights must have stayed, and then moved.
     """
-    config = dataclasses.replace(config, max_steps=8, checkpoint_every=1, keep_checkpoints=8)
-    replace_gradients(monkeypatch, {5})
+    config = dataclasses.replace(config, max_steps=4, checkpoint_every=1, keep_checkpoints=4)
+    replace_gradients(monkeypatch, {2})
     train_gpt2.train(config)
-    assert "step 5: loss" in capsys.readouterr().out
-    paths = [Path(config.log_dir) / f"step_{step:05d}" for step in (5, 6, 7)]
+    assert "step 2: loss" in capsys.readouterr().out
+    paths = [Path(config.log_dir) / f"step_{step:05d}" for step in (2, 3, 4)]
     weights = [(path / "model.safetensors").read_bytes() for path in paths]
     assert weights[0] == weights[1] != weights[2]
     return [torch.load(path / "train_state.pt")["optimizer"] for path in paths]
@@ -153,10 +134,10 @@ def test_a_nan_gradient_skips_the_update(small, monkeypatch, capsys):
 
 def test_bad_steps_in_a_row_stop_the_run(small, monkeypatch):
     config = small(max_steps=20, checkpoint_every=2, max_bad_steps=3)
-    replace_gradients(monkeypatch, {3, 6, 7, 8, 9, 10})
-    with pytest.raises(UserError, match="max_bad_steps=3.*last good checkpoint is step_00008"):
+    replace_gradients(monkeypatch, {1, 3, 4, 5, 6})
+    with pytest.raises(UserError, match="max_bad_steps=3.*last good checkpoint is step_00004"):
         train_gpt2.train(config)
-    assert list(losses(config)) == list(range(9))
+    assert list(losses(config)) == list(range(6))
     newest = checkpoint.newest_valid(Path(config.log_dir))
     model = train_gpt2.GPT.from_pretrained(newest)
     assert all(torch.isfinite(p).all() for p in model.parameters())
@@ -164,27 +145,26 @@ def test_bad_steps_in_a_row_stop_the_run(small, monkeypatch):
 
 def test_float16_scales_its_gradient(small, tmp_path, monkeypatch, capsys):
     """Forced float16 trains; an overflow halves the scale and skips; a resume keeps the scale."""
-    config = small(dtype="float16", max_steps=12, checkpoint_every=4, total_batch_size=64, B=2)
-    replace_gradients(monkeypatch, {2, 3, 5}, float("inf"))
-    train_until(config, 10, monkeypatch)
+    settings = dict(T=16, B=2, total_batch_size=32)
+    config = small(dtype="float16", max_steps=8, checkpoint_every=6, **settings)
+    replace_gradients(monkeypatch, {1, 2, 4}, float("inf"))
+    train_until(config, 7, monkeypatch)
     output = capsys.readouterr().out
     assert output.count("gradient overflow: update skipped") == 3
+    state = torch.load(Path(config.log_dir) / "step_00006" / "train_state.pt")
+    assert state["scaler"]["scale"] == 65536 / 8
+    assert state["optimizer"]["state"][0]["step"] == 6 - 3
+    train_gpt2.train(config)
     state = torch.load(Path(config.log_dir) / "step_00008" / "train_state.pt")
     assert state["scaler"]["scale"] == 65536 / 8
-    assert state["optimizer"]["state"][0]["step"] == 8 - 3
-    train_gpt2.train(config)
-    state = torch.load(Path(config.log_dir) / "step_00012" / "train_state.pt")
-    assert state["scaler"]["scale"] == 65536 / 8
-    reference = small(log_dir=str(tmp_path / "float32"), max_steps=2, total_batch_size=64, B=2)
+    reference = small(log_dir=str(tmp_path / "float32"), max_steps=2, **settings)
     train_gpt2.train(reference)
     assert losses(config)[1] == pytest.approx(losses(reference)[1], abs=0.02)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused(small, tmp_path, value):
-    train_gpt2.train(small())
-    source = tmp_path / "log" / "step_00004"
-    model = train_gpt2.GPT.from_pretrained(source)
+def test_weights_that_are_not_finite_are_refused(small, stopped, tmp_path, value):
+    model = train_gpt2.GPT.from_pretrained(Path(stopped.log_dir) / "step_00004")
     with torch.no_grad():
         model.transformer.h[1].mlp.c_fc.weight[3, 5] = value
     model.save_pretrained(tmp_path / "not_finite")

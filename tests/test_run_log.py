@@ -15,6 +15,7 @@ from conftest import assert_one_line, losses, outcome, weights
 
 import train_gpt2
 from support import checkpoint, run_log
+from support.errors import SettingError
 from support.run_log import LOG_TYPES, RunLog, read_rows
 from support.run_output import RunOutput
 
@@ -275,3 +276,25 @@ def test_run_json_names_the_code_that_the_run_started_with(small, monkeypatch):
     train_gpt2.train(config)
     record = json.loads((Path(config.log_dir) / "run.json").read_text())
     assert (record["commit"], record["changes"]) == ("a", "b") and record["finished_step"] == 1
+
+
+@pytest.mark.parametrize(
+    "settings", ['"max_steps"', '["max_steps"]', '{"max_steps": "4"}', '{"max_steps": null}']
+)
+def test_a_run_json_without_valid_settings_is_refused(tmp_path, settings):
+    (tmp_path / "run.json").write_text(f'{{"data": "", "settings": {settings}}}')
+    with pytest.raises(SettingError, match="run.json: damaged"):
+        run_log.read_run_json(tmp_path, resume=True)
+
+
+def test_a_deeply_nested_run_json_is_refused(tmp_path):
+    (tmp_path / "run.json").write_text("[" * 100_000)
+    with pytest.raises(SettingError, match="run.json: damaged"):
+        run_log.read_run_json(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("name", ["log.txt", "progress.txt", "run.json"])
+def test_a_directory_in_the_place_of_a_file_is_named(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(SettingError, match=f"log_dir=.*{name}: Is a directory"):
+        run_log.read_run_json(tmp_path, resume=True)

@@ -50,11 +50,10 @@ def test_under_nohup_a_closed_terminal_does_not_stop_the_run(small, monkeypatch)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
-def test_a_signal_after_the_last_step_does_not_fail_a_finished_run(small, name):
+def test_signals_after_the_last_step_do_not_fail_a_finished_run(small):
     """Slurm's --signal at the end of the time limit must not requeue the job for nothing."""
     config = small()
-    output = finish(start(config, harm=f"signal_at_end {name}"))
+    output = finish(start(config, harm="signal_at_end SIGUSR1 + signal_at_end SIGTERM"))
     assert output.splitlines()[-1].startswith("finished")
 
 

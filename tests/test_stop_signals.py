@@ -140,7 +140,7 @@ def call_at_check(number: int, act, monkeypatch):
 
 
 EVALUATIONS = {  # settings, and how many evaluations come before that of step 4
-    "validation": (dict(val_every=4, B=1), 1),
+    "validation": (dict(val_every=4, val_tokens=256, B=1), 1),
     "HellaSwag": (dict(hellaswag_every=4, hellaswag_data="questions.jsonl"), 1),
     "samples": (dict(sample_every=4, num_samples=6, sample_tokens=4), 0),
 }
@@ -158,7 +158,7 @@ def test_a_signal_ends_an_evaluation(small, tmp_path, monkeypatch, capsys, kind)
     lines = [question("The cat " + "sat " * n) for n in range(40)]
     Path("questions.jsonl").write_text("".join(lines))
     monkeypatch.setitem(hellaswag_eval.BATCH_TOKENS, "cpu", 256)
-    settings = settings | dict(max_steps=8, checkpoint_every=0)
+    settings = settings | dict(max_steps=6, checkpoint_every=0)
     complete = small(log_dir=str(tmp_path / "complete"), **settings)
     with monkeypatch.context() as patch:
         checks = call_at_check(-1, None, patch)
@@ -182,7 +182,7 @@ def test_a_signal_ends_an_evaluation(small, tmp_path, monkeypatch, capsys, kind)
 def test_a_signal_ends_a_step_of_minutes(small, tmp_path, monkeypatch, capsys):
     """Not for more than ten seconds: then the step in progress is undone."""
     monkeypatch.setattr("support.stop_signals.STEP_TIMEOUT_S", 0)
-    settings = dict(max_steps=5, B=1)
+    settings = dict(max_steps=4, B=1, total_batch_size=4 * 32)
     complete = small(log_dir=str(tmp_path / "complete"), **settings)
     train_gpt2.train(complete)
     stopped = small(log_dir=str(tmp_path / "stopped"), **settings)

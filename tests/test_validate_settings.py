@@ -58,6 +58,10 @@ SIZES = (
     "n_layer", "n_head", "n_embd", "T", "B", "total_batch_size", "batch_ramp_tokens", "max_steps",
     "sample_tokens", "num_samples", "timeout_s",
 )  # fmt: skip
+IMPOSSIBLE += [
+    ({name: "a" * 300}, f"{name}='{'a' * 50}'...", "name too long", "shorten")
+    for name in ("data", "init_from", "hellaswag_data", "log_dir")
+]
 IMPOSSIBLE += [({name: 10**22}, f"{name}={10**22}", "must be below") for name in SIZES]
 
 

@@ -1,11 +1,12 @@
 """Wrong input: one line with the file or setting and the remedy, code 2, nothing overwritten.
 
-Most cases run in this process, as `main` does, from settings on; a few in a process of their own.
+The cases run in this process, as `main` does, from settings on.
 """
 
 import functools
 import json
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -13,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    ROOT,
     TEXT,
     RunsCode,
     assert_one_line,
     assert_refused,
-    environment,
+    command_line,
     outcome,
-    run_trainer,
     tree,
 )
 
@@ -130,7 +131,7 @@ WRONG_DATA = {
         "d", with_shard("x_val_2.npy", array=np.ones((9, 9), np.uint16)), "x_val_2.npy", "2 dim",
     ),
     "a shard of objects": (
-        "d", with_shard("x_val_2.npy", array=np.array([None, {}])), "x_val_2.npy", AGAIN,
+        "d", with_shard("x_val_2.npy", array=np.array([None, {}])), "x_val_2.npy", "object",
     ),
     "too few training tokens": (
         "d", lambda p: shards(p, train=GOOD[:32]), "data=", "32 tokens", "'train'", "smaller T",
@@ -277,16 +278,19 @@ def test_init_from_the_hub_without_its_package_says_how_to_install_it(small, cap
     assert_refused(small(init_from="gpt2"), capsys, "pip install huggingface_hub")
 
 
-def test_init_from_the_hub_without_a_network_is_refused(small, tmp_path):
+def test_init_from_the_hub_without_a_network_is_refused(small, tmp_path, capsys, monkeypatch):
+    from huggingface_hub import constants
+
     config = small(init_from="gpt2")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "*")
     (tmp_path / "cache").mkdir()
     before = tree(tmp_path)
-    offline = dict(
-        HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_CACHE=str(tmp_path / "cache"), NO_PROXY="*"
-    )
-    done = run_trainer(config, env=environment(**offline, no_proxy="*"))
-    assert done.returncode == 2 and done.stdout == ""
-    assert_one_line(done.stderr, ("'gpt2'", "Hugging Face Hub", "local directory"))
+    code, out, err = outcome(config, capsys)
+    assert code == 2 and out == ""
+    assert_one_line(err, ("'gpt2'", "Hugging Face Hub", "local directory"))
     after = {k: v for k, v in tree(tmp_path).items() if not k.startswith("cache" + os.sep)}
     assert after == before
 
@@ -315,13 +319,16 @@ def test_the_error_of_a_missing_device_names_one_that_exists(small, capsys):
 
 
 # -------------------------------------------------------------------------------------------------
-# In a process of its own
+# From a shell
 
 
-def test_from_a_shell_wrong_data_is_one_line_and_code_2(small, tmp_path):
+def test_from_a_shell_wrong_data_is_one_line_and_code_2(small, tmp_path, monkeypatch, capsys):
     config = small(data=str(tmp_path / "gone"))
     before = tree(tmp_path)
-    done = run_trainer(config)
-    assert done.returncode == 2 and done.stdout == ""
-    assert_one_line(done.stderr, ("data=", "gone", *WAYS_OUT))
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "train_gpt2.py"), *command_line(config)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert_one_line(err, ("data=", "gone", *WAYS_OUT))
     assert tree(tmp_path) == before
