@@ -65,6 +65,18 @@ def error_on_recompile():
         yield
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Says what the failure of a test with the marker `gpt2` means."""
+    report = yield
+    if report.failed and item.get_closest_marker("gpt2"):
+        text = (
+            "This holds for GPT-2 only: if the model was changed on purpose, the failure is right."
+        )
+        report.sections.append(("gpt2", text))
+    return report
+
+
 # -------------------------------------------------------------------------------------------------
 # Runs in processes of their own
 

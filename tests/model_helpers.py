@@ -9,7 +9,7 @@ from support.fused_loss import IGNORE_INDEX
 from train_gpt2 import GPT, GPTConfig
 
 V = tokenizer.VOCAB_SIZE
-SHAPE = dict(n_layer=2, n_head=2, n_embd=32, block_size=32)
+SHAPE = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, tied=True)
 
 
 def make_model(seed: int = 0, model_class=GPT, **shape) -> GPT:

@@ -242,6 +242,7 @@ def open_as_another_program(directory: Path, idx, text: str, monkeypatch) -> dic
     return dict(state=state, weights=weights, model=model, ids=ids, loss=loss.item())
 
 
+@pytest.mark.gpt2
 def test_another_program_opens_a_checkpoint_and_computes_the_logged_validation_loss(
     small, text_file, monkeypatch
 ):

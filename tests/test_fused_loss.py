@@ -130,6 +130,7 @@ class Temperature(GPT):
         return super().logits(x) * self.temperature
 
 
+@pytest.mark.gpt2
 def test_the_loss_has_the_parameters_that_it_uses():
     """Those of the head, and no others: a parameter of the blocks is not passed."""
     model = make_model(model_class=Temperature)

@@ -93,6 +93,7 @@ def test_ids_with_the_cache_are_those_without(prompt, slide):
         assert torch.equal(found[:, position], likeliest), position
 
 
+@pytest.mark.gpt2
 def test_greedy_text_is_that_of_transformers(tmp_path):
     """The same weights, float32, 200 tokens after the first five of several prompts."""
     model = make_model(n_layer=3, n_embd=64, n_head=4, block_size=256)
@@ -141,6 +142,7 @@ def test_samples_have_transformers_distribution(top_k, top_p, temperature):
     torch.testing.assert_close(share, expected, atol=0.01, rtol=0)
 
 
+@pytest.mark.gpt2
 def test_a_row_that_stopped_has_only_the_stop_id():
     """Its ids are those it has without stopping, up to the first stop; other rows continue."""
     model, ids = make_model(), random_ids(4, 3)
@@ -180,6 +182,7 @@ def test_a_cache_does_not_change_the_hidden_states():
         assert torch.equal(model.hidden(ids, caches=caches), plain)
 
 
+@pytest.mark.gpt2
 def test_ten_thousand_ids_of_a_padded_model_are_the_tokenizers(tmp_path):
     """A model of another program with 50,304 rows, whose padding rows would be the likeliest."""
     torch.manual_seed(0)

@@ -256,6 +256,7 @@ def test_a_token_sees_its_context_and_its_own_ending_only():
     assert torch.equal(seen_by_each(model, idx, None, None), torch.ones(12, 12).bool().tril())
 
 
+@pytest.mark.gpt2
 def test_hidden_without_a_mask_is_the_textbook_model():
     """Equal to the textbook model bit for bit; an explicit causal mask changes nothing."""
     model, idx = make_model(), torch.randint(50257, (3, 17))

@@ -92,6 +92,7 @@ def without(name: str):
     return lambda directory: edit_weights(directory, lambda tensors: tensors.pop(name))
 
 
+@pytest.mark.gpt2
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -165,6 +166,7 @@ def test_without_a_temporary_directory_the_variable_is_named(saved, monkeypatch)
         huggingface.check_code(saved[0])
 
 
+@pytest.mark.gpt2
 def test_old_file_of_tensors_is_read(saved, copied):
     """pytorch_model.bin with OpenAI's first names, mask buffers and a repeated head."""
     tensors = load_file(copied / "model.safetensors")
@@ -203,6 +205,7 @@ def test_pickled_code_is_refused_and_not_run(copied):
     assert trap.exists()  # the file did contain code
 
 
+@pytest.mark.gpt2
 def test_half_precision_file_becomes_float32(saved, copied):
     """The weights of a bfloat16 file, in float32."""
     path = copied / "model.safetensors"
@@ -227,6 +230,7 @@ class MoreConfig(GPTConfig):
     layers: list = dataclasses.field(default_factory=lambda: [1, 2])
 
 
+@pytest.mark.gpt2
 def test_gpt_config_is_kept_and_transformers_ignores_it(saved, tmp_path):
     """It is written and read with all its fields; a model from elsewhere needs none of them."""
     config = MoreConfig(**dataclasses.asdict(saved[0].config), layers=[3])
@@ -276,6 +280,7 @@ def untied(tmp_path_factory):
     return theirs, directory
 
 
+@pytest.mark.gpt2
 def test_an_untied_head_is_kept(untied, tmp_path):
     """Logits, loss and the way back are those of transformers; the head counts as parameters."""
     theirs, directory = untied
@@ -292,6 +297,7 @@ def test_an_untied_head_is_kept(untied, tmp_path):
         torch.testing.assert_close(ours(ids)[0], theirs(ids).logits, atol=0.02, rtol=0)
 
 
+@pytest.mark.gpt2
 def test_an_untied_model_is_fine_tuned_and_resumed_exactly(untied, small, tmp_path):
     """Both matrices learn, and a run of 2 + 2 steps ends in the bits of one of 4."""
     settings = dict(init_from=str(untied[1]), max_lr=0.01)

@@ -40,6 +40,7 @@ from train_gpt2 import GPT, GPTConfig
 # Size and initialization
 
 
+@pytest.mark.gpt2
 @pytest.mark.parametrize(
     "config, parameters",
     [
@@ -56,6 +57,7 @@ def test_parameters_are_as_many_as_published(config, parameters):
         assert GPT(config).num_parameters() == parameters
 
 
+@pytest.mark.gpt2
 @pytest.mark.parametrize(
     "recipe, n_layer",
     [("tiny", 4), ("gpt2", 2), pytest.param("gpt2", 12, marks=pytest.mark.faults)],
@@ -81,6 +83,7 @@ def test_loss_at_initialization(recipe, n_layer):
     assert loss_text == pytest.approx(10.82, abs=0.3)
 
 
+@pytest.mark.gpt2
 def test_initialization():
     """N(0, 0.02), in c_proj 0.02 / sqrt(2 L); biases 0 and norms 1; the head is the embedding."""
     torch.manual_seed(0)
@@ -140,6 +143,7 @@ def pair(request, tmp_path_factory):
     return theirs, directory, GPT.from_pretrained(str(directory))
 
 
+@pytest.mark.gpt2
 def test_logits_are_those_of_transformers(pair):
     """Weights of a random GPT2LMHeadModel: the same logits within 1e-4, at each context length."""
     theirs, _, ours = pair
@@ -151,6 +155,7 @@ def test_logits_are_those_of_transformers(pair):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.gpt2
 def test_way_back_to_transformers_is_exact(pair, tmp_path):
     """What save_pretrained writes, AutoModelForCausalLM reads: every weight bit for bit."""
     theirs, _, ours = pair
@@ -173,6 +178,7 @@ def saved(tmp_path_factory):
     return model, directory
 
 
+@pytest.mark.gpt2
 def test_saved_directory(saved, tmp_path):
     """transformers reads the settings and has our greedy text; saved again, no byte differs."""
     model, directory = saved
@@ -198,6 +204,7 @@ def test_saved_directory(saved, tmp_path):
         assert (directory / name).read_bytes() == (tmp_path / name).read_bytes(), name
 
 
+@pytest.mark.gpt2
 def test_own_directory_is_read_back_exactly(saved):
     """The same model, but for the padding rows, which are then zero."""
     model, directory = saved
@@ -212,6 +219,7 @@ def test_own_directory_is_read_back_exactly(saved):
         assert torch.equal(found[name], expected), name
 
 
+@pytest.mark.gpt2
 def test_positions_can_be_cut(saved):
     """block_size keeps the first positions, and the function on so many tokens."""
     model, directory = saved
@@ -260,6 +268,7 @@ def test_textbook_loss_is_the_mean_over_targets_that_count():
     assert loss.item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-6)
 
 
+@pytest.mark.gpt2
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_padding_ids_have_no_effect(dtype):
     """Large padding rows change no logit, loss, gradient or sample, and get no gradient."""
@@ -423,6 +432,7 @@ def make_edited(edit, **shape):
     return models
 
 
+@pytest.mark.gpt2
 @pytest.mark.parametrize("edit, tied", EDITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_edit_acts_in_training_and_validation(edit, tied, dtype):
@@ -451,6 +461,7 @@ def test_an_edit_acts_in_training_and_validation(edit, tied, dtype):
         assert abs(without - expected[0]) > 1e-3 * expected[0]
 
 
+@pytest.mark.gpt2
 @pytest.mark.parametrize("edit", [*OF_LOGITS, *OF_LOSS])
 def test_an_edit_acts_in_hellaswag(edit):
     model, plain = make_edited(edit)
@@ -466,6 +477,7 @@ def test_an_edit_acts_in_hellaswag(edit):
     assert abs(hellaswag_eval.ending_losses(plain, questions, ALONE) - found).min() > 1e-3
 
 
+@pytest.mark.gpt2
 @pytest.mark.parametrize("edit", OF_LOGITS)
 def test_an_edit_of_logits_acts_in_sampling(edit):
     """The ids are those of a plain loop over the textbook form, and not those without the edit."""
@@ -527,6 +539,7 @@ class MoreParameters(GPT):
         self.transformer.h[1].attn.q_norm = nn.LayerNorm(config.n_embd)
 
 
+@pytest.mark.gpt2
 def test_new_parameters_are_saved_and_read(tmp_path):
     """Wherever they are in the model, and whatever their names."""
     model = make_model(model_class=MoreParameters)

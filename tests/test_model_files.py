@@ -75,12 +75,14 @@ def assert_same_model(directory: Path, logits) -> None:
 # Shards
 
 
+@pytest.mark.gpt2
 def test_shards_as_transformers_writes_them_are_read(reference, tmp_path):
     hugging_face_model().save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     assert_same_model(tmp_path, reference[1])
 
 
+@pytest.mark.gpt2
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_shards_of_both_kinds_are_read(reference, copied, suffix):
     put_in_shards(copied, suffix)
@@ -120,6 +122,7 @@ def test_a_damaged_index_is_refused(copied, content):
 # Models with another head, and other names of one function
 
 
+@pytest.mark.gpt2
 @pytest.mark.parametrize("name", ["GPT2DoubleHeadsModel", "GPT2ForSequenceClassification"])
 def test_the_language_model_below_another_head_is_read(reference, tmp_path, name):
     model = hugging_face_model(name, num_labels=1, pad_token_id=0)
@@ -129,6 +132,7 @@ def test_the_language_model_below_another_head_is_read(reference, tmp_path, name
     assert_same_model(tmp_path, reference[1])
 
 
+@pytest.mark.gpt2
 def test_a_value_head_is_left_out(reference, copied):
     """As trl writes it beside the language model."""
     path = copied / "model.safetensors"
@@ -137,6 +141,7 @@ def test_a_value_head_is_left_out(reference, copied):
     assert_same_model(copied, reference[1])
 
 
+@pytest.mark.gpt2
 @pytest.mark.parametrize("name", ["gelu_pytorch_tanh", "gelu_fast"])
 def test_other_names_of_the_activation_are_accepted(reference, copied, name):
     path = copied / "config.json"
@@ -221,12 +226,14 @@ def test_a_damaged_vocabulary_is_refused(with_tokenizer, name, content):
         GPT.from_pretrained(str(with_tokenizer))
 
 
+@pytest.mark.gpt2
 def test_tokens_added_at_the_end_are_accepted(with_tokenizer, reference):
     for name in ("vocab.json", "tokenizer.json"):
         edit_vocabulary(with_tokenizer / name, lambda vocab: vocab.update({"<|user|>": 50257}))
     assert_same_model(with_tokenizer, reference[1])
 
 
+@pytest.mark.gpt2
 def test_the_tokenizer_of_transformers_is_accepted(with_tokenizer, reference):
     from transformers import AutoTokenizer
 

@@ -84,6 +84,7 @@ def make(n_head: int = 2) -> GPT:
 # Recognizing a function
 
 
+@pytest.mark.gpt2
 @pytest.mark.parametrize("n_head", [1, 4, 25])
 @pytest.mark.parametrize("tied", [True, False])
 def test_our_model_computes_gpt2(n_head, tied):
@@ -91,11 +92,13 @@ def test_our_model_computes_gpt2(n_head, tied):
     assert model_function.identify(GPT(GPTConfig(**shape))).is_gpt2
 
 
+@pytest.mark.gpt2
 def test_the_number_of_gpt2_is_the_same_on_every_machine():
     """If it differs elsewhere, checkpoints could not be moved: the tolerance would be too small."""
     assert model_function.identify(make(4)).may_equal(5.1357883885502815)
 
 
+@pytest.mark.gpt2
 @pytest.mark.parametrize("edit", OTHER_FUNCTIONS, ids=lambda edit: edit.__name__)
 def test_another_function_is_recognized(edit, monkeypatch):
     stock = model_function.identify(make())
@@ -109,6 +112,7 @@ def test_an_additional_parameter_is_not_gpt2(monkeypatch):
     assert not model_function.identify(make()).is_gpt2
 
 
+@pytest.mark.gpt2
 def test_another_loss_of_the_same_logits_is_recognized(monkeypatch):
     """`transformers` computes the same logits, but a run may not change its loss."""
     stock = model_function.identify(make())
@@ -177,6 +181,7 @@ def test_edited_code_refuses_a_stock_model(stock_directory, monkeypatch):
     GPT.from_pretrained(stock_directory, same_function=False)
 
 
+@pytest.mark.gpt2
 def test_edited_code_refuses_a_model_from_elsewhere(stock_directory, monkeypatch):
     """A GPT-2 of `transformers` has no number in its config.json."""
     path = stock_directory / "config.json"
@@ -266,6 +271,7 @@ def rename_embedding(monkeypatch):
     monkeypatch.setattr(GPT, "hidden", hidden)
 
 
+@pytest.mark.gpt2
 @pytest.mark.parametrize("edit", [forget_to_tie, rename_embedding], ids=lambda edit: edit.__name__)
 def test_a_model_that_cannot_be_loaded_again_does_not_start(edit, small, monkeypatch, capsys):
     edit(monkeypatch)

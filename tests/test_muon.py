@@ -30,6 +30,7 @@ def with_gradients(**shape) -> GPT:
     return model
 
 
+@pytest.mark.gpt2
 def test_muon_has_the_matrices_of_the_blocks_and_adamw_all_else():
     model, config = make_model(), train_gpt2.Config(optimizer="muon", weight_decay=0.25)
     optimizer = train_gpt2.configure_optimizer(model, config, "cpu")
@@ -297,6 +298,7 @@ def test_float16_scales_the_gradients_of_both(small, monkeypatch, capsys):
     assert max(m.norm() for m in momenta) < 10  # of gradients without the scale
 
 
+@pytest.mark.gpt2
 def test_the_final_checkpoint_opens_in_transformers_with_the_same_loss(small):
     config = small(optimizer="muon", val_every=4, val_tokens=320, max_lr=3e-3)
     train_gpt2.train(config)

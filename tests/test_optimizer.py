@@ -182,6 +182,7 @@ GOLDEN = {
 }
 
 
+@pytest.mark.gpt2
 @pytest.mark.parametrize("optimizer", GOLDEN)
 def test_golden_step(small, optimizer):
     """One step of a fixed run, from the text file to the updated weights.

@@ -47,6 +47,7 @@ def test_run_json_records_the_run(small):
     )
 
 
+@pytest.mark.gpt2
 def test_fine_tuning_starts_from_the_given_model(small, tmp_path, capsys):
     """The first validation loss is the source's in transformers; the shape is the source's too."""
     from transformers import GPT2Config, GPT2LMHeadModel

@@ -213,6 +213,7 @@ def test_prompts_from_a_file_and_from_standard_input(run, tmp_path, monkeypatch)
     assert from_file == from_input == expected
 
 
+@pytest.mark.gpt2
 def test_a_text_ends_at_end_of_text_unless_stop_is_false(run, tmp_path, monkeypatch):
     """With a model that soon predicts it, the text stops before it; --stop=False continues."""
     model = GPT.from_pretrained(run)

@@ -259,6 +259,7 @@ NOT_A_MODEL = {
 }
 
 
+@pytest.mark.gpt2
 @pytest.mark.parametrize("case", NOT_A_MODEL)
 def test_init_from_something_else_than_gpt2_is_refused(case, small, tmp_path, capsys):
     make, *words = NOT_A_MODEL[case]
