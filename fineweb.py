@@ -82,6 +82,7 @@ def validate_config(config: Config) -> Config:
     checks = (
         ("source", config.source, "name a dataset on the Hub or a local file"),
         ("out", config.out, "name the directory for the shards, --out=mydata"),
+        ("out", config.out[:1] != "~", "the shell leaves ~ as it is after =; write $HOME"),
         ("shard_size", 1 <= config.shard_size <= MAX_SHARD, f"must be from 1 to {MAX_SHARD:,}"),
         ("val_tokens", 0 <= config.val_tokens <= config.shard_size, "must be from 0 to shard_size"),
         ("workers", 0 <= config.workers <= MAX_WORKERS, f"must be from 0 to {MAX_WORKERS:,}"),

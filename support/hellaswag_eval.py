@@ -35,6 +35,7 @@ STYLES = ("completion", "harness", "choice")
 FOLDER = Path(__file__).resolve().parent.parent / "hellaswag"
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{}.jsonl"
 EXAMPLES = {"train": 39905, "val": 10042}
+REMEDY = "put the file there, or name another one with --data (in training --hellaswag_data)"
 # What reading a line raises that holds no example.
 LINE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 # Tokens in one forward pass. On a CPU its working set should fit the caches.
@@ -82,7 +83,7 @@ def _download_once(path: Path, split: str) -> None:
             if not _is_complete(path, split):
                 raise UserError(f"{path}: another process could not download it") from None
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; put the file there") from None
+        raise UserError(f"{path}: {error.strerror or error}; {REMEDY}") from None
 
 
 def _download(path: Path, split: str) -> None:
@@ -100,7 +101,7 @@ def _download(path: Path, split: str) -> None:
     except (OSError, HTTPException, ValueError) as error:
         raise UserError(
             f"{path}: missing or incomplete, and {url} does not answer with the complete file "
-            f"({error}); put the file there"
+            f"({error}); {REMEDY}"
         ) from None
     with replacing(path) as partial:
         partial.write_bytes(content)

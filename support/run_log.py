@@ -72,9 +72,12 @@ class RunLog:
     def __init__(self, log_dir: Path):
         self.path, self.progress_path = log_dir / "log.txt", log_dir / "progress.txt"
         self.seconds = 0.0
+        self.val_losses = {}  # {step: validation loss} so far
 
     def write(self, step: int, stream: str, value: float) -> None:
         """Appends the value of a step. Raises UserError if it cannot be written."""
+        if stream == "val":
+            self.val_losses[step] = round(value, 6)  # as a resumed run reads it
         self.append(self.path, f"{step} {stream} {value:.6f}\n")
 
     def write_progress(self, step: int, tokens: int, dt_s: float) -> None:
@@ -88,7 +91,7 @@ class RunLog:
             file.write(line)
 
     def remove_steps(self, step: int) -> None:
-        """Removes the lines of `step` and later ones, which the run repeats.
+        """Removes the lines of `step` and later ones, which the run repeats, and reads the others.
 
         A line begins with its step; any other complete line stays as it is.
         """
@@ -101,12 +104,13 @@ class RunLog:
             replace(path, "".join(kept))
         for *_, seconds in read_rows(self.progress_path, PROGRESS_TYPES):
             self.seconds = seconds
+        rows = read_rows(self.path, LOG_TYPES)
+        self.val_losses = {step: value for step, stream, value in rows if stream == "val"}
 
     def best(self, steps) -> int | None:
         """The step among `steps` with the lowest validation loss so far."""
-        values = {(step, stream): value for step, stream, value in read_rows(self.path, LOG_TYPES)}
-        steps = [step for step in steps if (step, "val") in values]
-        return min(steps, key=lambda step: values[step, "val"], default=None)
+        steps = [step for step in steps if step in self.val_losses]
+        return min(steps, key=self.val_losses.get, default=None)
 
 
 class Curves:

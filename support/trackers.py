@@ -66,9 +66,11 @@ class WeightsAndBiases(Tracker):
         try:
             self.run = wandb.init(
                 project="gpt2", name=log_dir.resolve().name, dir=str(log_dir), config=settings,
-                id=id_file.read_text(encoding="utf-8").strip(), resume="allow",
+                id=id_file.read_text(encoding="ascii").strip(), resume="allow",
                 settings=wandb.Settings(console="off", silent=True),
             )  # fmt: skip
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingError(f"{id_file}: cannot be read ({error}); remove it") from None
         except wandb.Error as error:
             raise SettingError(
                 f"tracker='wandb': {error}; log in with `wandb login`, or set WANDB_MODE=offline"

@@ -54,8 +54,12 @@ def check_ranges(settings: dict) -> None:
 
 
 def check_paths(settings: dict) -> None:
-    """Raises SettingError if a setting is too long for a path."""
+    """Raises SettingError if a setting is not usable as a path."""
     for name in ("data", "init_from", "hellaswag_data", "log_dir"):
+        if settings[name].startswith("~"):
+            raise SettingError(
+                f"{name}={settings[name]!r}: the shell leaves ~ as it is after =; write $HOME"
+            )
         try:
             os.lstat(settings[name])
         except OSError as error:

@@ -154,6 +154,17 @@ def test_an_id_that_cannot_be_written_is_one_error(tmp_path, monkeypatch):
         trackers.WeightsAndBiases(tmp_path, {}, 0)
 
 
+@pytest.mark.parametrize("damage", [b"\xff\xfe", None])
+def test_an_id_that_cannot_be_read_is_one_error(tmp_path, damage):
+    path = tmp_path / "wandb_id.txt"
+    if damage is None:
+        path.mkdir()
+    else:
+        path.write_bytes(damage)
+    with pytest.raises(SettingError, match="wandb_id.txt: cannot be read .*; remove it"):
+        trackers.WeightsAndBiases(tmp_path, {}, 0)
+
+
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
 def test_a_tracker_changes_nothing_else(small, tmp_path, monkeypatch, tracker):
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -54,6 +54,9 @@ NOT_BELOW_0 = (
 IMPOSSIBLE += [({name: 0}, f"{name}=0", "above 0") for name in ABOVE_0]
 IMPOSSIBLE += [({name: -1}, f"{name}=-1", "above 0") for name in ABOVE_0]
 IMPOSSIBLE += [({name: -1}, f"{name}=-1", "0 or more") for name in NOT_BELOW_0]
+IMPOSSIBLE += [
+    ({name: "~/run"}, f"{name}='~/run'", "$HOME") for name in ("data", "init_from", "log_dir")
+]
 SIZES = (
     "n_layer", "n_head", "n_embd", "T", "B", "total_batch_size", "batch_ramp_tokens", "max_steps",
     "sample_tokens", "num_samples", "timeout_s",
