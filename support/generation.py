@@ -112,8 +112,11 @@ def generate_texts(
         if i < num:
             generator = torch.Generator(device=runtime.device).manual_seed(42 + i)
             idx = torch.tensor([ids], device=runtime.device)
-            with runtime.autocast():
-                idx = model.generate(idx, max_new_tokens, top_k=50, generator=generator)
-            text = encoding.decode(idx[0].tolist())
+            try:
+                with runtime.autocast():
+                    idx = model.generate(idx, max_new_tokens, top_k=50, generator=generator)
+                text = encoding.decode(idx[0].tolist())
+            except UserError as error:  # the next steps decide whether the run ends
+                text = f"no sample: {error}"
         texts += runtime.all_gather(text)
     return texts[:num]

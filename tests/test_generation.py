@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
 from support import tokenizer
-from support.generation import KVCache, sample_ids, stream
+from support.distributed import Runtime
+from support.errors import UserError
+from support.generation import KVCache, generate_texts, sample_ids, stream
 from train_gpt2 import GPT, GPTConfig
 
 END = tokenizer.END_OF_TEXT_ID
@@ -200,3 +202,15 @@ def test_ten_thousand_ids_of_a_padded_model_are_the_tokenizers(tmp_path):
     x = random_ids(2, 8)
     with torch.no_grad():
         torch.testing.assert_close(model(x)[0], theirs(x).logits[..., :V], atol=1e-4, rtol=0)
+
+
+def test_logits_that_are_not_finite_are_an_error_and_end_no_run():
+    """In a run the next steps decide; every rank must come to the end of the samples."""
+    model = make_model()
+    with torch.no_grad():
+        model.transformer.ln_f.bias.fill_(float("inf"))
+    with pytest.raises(UserError, match="not finite"):
+        model.generate(random_ids(1, 3), 2)
+    alone = Runtime(0, 1, torch.device("cpu"), torch.float32)
+    texts = generate_texts(model, "Hello", 2, 3, alone, check_signals=lambda: None)
+    assert len(texts) == 2 and all(text.startswith("no sample: the logits") for text in texts)
