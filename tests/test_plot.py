@@ -483,7 +483,6 @@ def test_help_is_short_and_complete(capsys):
     (["good", "--colour=red"], "unrecognized arguments: --colour=red; --help lists"),
     (["good", "-o"], "argument -o/--out: expected one argument; --help lists"),
 ])  # fmt: skip
-@pytest.mark.skipif(os.name != "posix", reason="the words and slashes of other systems")
 def test_wrong_input_is_one_line_and_code_2(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     logs = dict(good="0 val 10\n", blank="", partial="0 val 10", nan="0 val nan\n",
