@@ -376,7 +376,7 @@ def build_gpt(config: Config) -> train_gpt2.GPT:
 
 
 def find_peer(config: Config) -> Path:
-    """The file of the other program's model. Raises SettingError if there is none."""
+    """The file of the other program's model. Raises SettingError if it is missing."""
     for path in (Path(config.peer, "model.py"), Path(config.peer, "train_gpt2.py")):
         if path.exists():
             return path

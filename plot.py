@@ -96,7 +96,7 @@ class Run:
 
 
 def read_run(name: str) -> Run:
-    """The run of a log directory or a log.txt. Raises UserError if there is none."""
+    """The run of a log directory or a log.txt. Raises UserError if it cannot be read."""
     path = Path(name) / "log.txt" if os.path.isdir(name) else Path(name)
     try:
         streams = read_streams(path)
@@ -133,7 +133,7 @@ def read_progress(path: Path) -> np.ndarray | None:
 def read_settings(path: Path) -> tuple[bool, int]:
     """(whether the data is FineWeb, tokens per step) of a run.json.
 
-    build-nanogpt, which has no such file, trains on FineWeb-Edu. A damaged file tells nothing.
+    build-nanogpt, which has no such file, trains on FineWeb-Edu. A damaged file has no effect.
     """
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))["settings"]

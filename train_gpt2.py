@@ -846,7 +846,7 @@ def build_output(config: Config, runtime: Runtime, model: GPT, loader: DataLoade
 
 
 def count_epochs(config: Config, loader: DataLoaderLite) -> float:
-    """How often the whole run reads the training data."""
+    """How often the run, from its first step to its last, reads the training data."""
     position = steps = 0
     while position * config.T < config.batch_ramp_tokens and steps < config.max_steps:
         position, steps = position + batch_rows(position, config), steps + 1

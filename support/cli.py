@@ -48,8 +48,9 @@ class Parser(argparse.ArgumentParser):
         raise SettingError(f"{message}; --help lists all settings")
 
     def parse_known_args(self, args=None, namespace=None):
+        """argparse's, but -- is refused as a value; argparse would leave the setting without one"""
         for argument in args or ():
-            if argument.startswith("-") and argument.endswith("=--"):  # argparse drops such a value
+            if argument.startswith("-") and argument.endswith("=--"):
                 self.error(f"{argument}: -- is not a value")
         return super().parse_known_args(args, namespace)
 

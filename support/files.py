@@ -43,7 +43,7 @@ def sync(path: Path) -> None:
 def partial_path(path: Path, writer: str = "") -> Path:
     """The temporary name of a file while it is written.
 
-    writer: tells apart the processes that may write the same file at the same time
+    writer: a name of the process, if several may write the same file at the same time
     """
     return path.with_name(f".{path.name}{f'.{writer}' if writer else ''}.partial")
 

@@ -111,9 +111,13 @@ def _build_config(c, function: model_function.Function) -> dict:
 
 def describe_kind(model) -> str:
     """What `save_model` makes of a model, in a few words."""
-    if model_function.identify(model).is_gpt2:
+    function = model_function.identify(model)
+    if function.is_gpt2:
         return "a Hugging Face model"
-    return f"of model_type {MODIFIED!r}, for this code only, since it does not compute GPT-2"
+    reason = "it does not compute GPT-2"
+    if function.number is None:
+        reason = "it cannot be compared with GPT-2 on a CPU"
+    return f"of model_type {MODIFIED!r}, for this code only, since {reason}"
 
 
 def check_code(model) -> None:
@@ -129,7 +133,8 @@ def check_code(model) -> None:
     try:
         with tempfile.TemporaryDirectory() as directory:
             save_weights(tiny, Path(directory))
-            loaded = load_model(type(tiny), type(tiny.config), directory)
+            config_class = type(tiny.config)
+            loaded = load_model(type(tiny), config_class, directory, same_function=False)
     except (OSError, SafetensorError) as error:  # the second one is also raised by a full disk
         raise UserError(
             f"{tempfile.tempdir or 'TMPDIR'}: a temporary file cannot be written there "
@@ -204,7 +209,7 @@ def _validate_function(source: str, config: dict, model) -> None:
     if not equal:
         raise UserError(
             f"{source}: the model in train_gpt2.py computes another function than this one did "
-            f"when it was saved; undo the edit, or train on from it with --init_from={source} in "
+            f"when it was saved; undo the edit, or start a new run with --init_from={source} in "
             "another --log_dir"
         )
 

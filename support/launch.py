@@ -1,5 +1,6 @@
 """The launcher's variables (rank, world size), and printing on one or on every rank."""
 
+import contextlib
 import os
 import socket
 import sys
@@ -22,8 +23,6 @@ class Launch(NamedTuple):
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 # srun sets these for the tasks of a step; a batch script itself has no SLURM_STEP_NUM_TASKS.
 SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
-
-
 # How many tasks other launchers started; by themselves they give the tasks no RANK.
 TASKS = ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
@@ -79,11 +78,9 @@ def read_address() -> tuple[str, int]:
     Raises UserError if they are missing or not valid.
     """
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    try:
-        socket.getaddrinfo(address or "missing", None)
-        resolved = bool(address)
-    except (OSError, UnicodeError):
-        resolved = False
+    resolved = None
+    with contextlib.suppress(OSError, UnicodeError):
+        resolved = address and socket.getaddrinfo(address, None)
     if not resolved:
         raise UserError(
             f"MASTER_ADDR={address}: must be the name or address of the machine of rank 0; start "

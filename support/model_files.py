@@ -73,7 +73,7 @@ def _download(source: str) -> Path:
 def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
     """{name: tensor} of the first of WEIGHT_FILES; code in a pickle file is not executed.
 
-    Raises UserError if there is none, or if a file is missing or damaged.
+    Raises UserError if a file is missing or damaged.
     """
     path = next((p for name in WEIGHT_FILES if (p := directory / name).exists()), None)
     if path is None:

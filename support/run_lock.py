@@ -65,7 +65,8 @@ class RunLock:
                 f"log_dir={str(self.log_dir)!r}: in use by {self._describe_holder()}; wait until "
                 "it ends, or choose another --log_dir"
             )
-        except (OSError, NotImplementedError) as error:  # a file system without locks
+        # A file system without flock: filelock raises the second for ENOSYS, else the first.
+        except (OSError, NotImplementedError) as error:
             print0(f"{self.log_dir}: cannot be locked ({error}); start no second run in it")
         return None
 

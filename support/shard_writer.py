@@ -94,7 +94,7 @@ class ShardDirectory:
         }  # and "totals", if the end of the sources was reached
 
     def load(self) -> bool:
-        """Loads the manifest of an earlier process. Returns False if there is none.
+        """Loads the manifest of an earlier process. Returns whether it exists.
 
         Raises UserError if the directory holds shards of other settings, of another number of
         ranks, or of another program.
