@@ -86,7 +86,7 @@ def main() -> int:
     for style in STYLES if options.style == "all" else (options.style,):
         questions = [hellaswag_eval.make_question(example, style) for example in examples]
         title = style if runtime.master_process else ""
-        with naming_lost_ranks():
+        with naming_lost_ranks(remedy="run the same command again"):
             losses = hellaswag_eval.ending_losses(model, questions, runtime, title=title)
         if writes:
             write_out(options.out, format_results(style, examples, questions, losses))

@@ -197,14 +197,13 @@ def stop_with_launcher() -> None:
 
 
 @contextlib.contextmanager
-def naming_lost_ranks():
+def naming_lost_ranks(remedy: str = "the same command continues from the last checkpoint"):
     """A context that raises LostProcess if a collective in it fails because a rank has left."""
     try:
         yield
     except RuntimeError as error:
         if not _monitor or not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
             raise
-        raise LostProcess(
-            f"rank {dist.get_rank()}: {find_missing(dist.get_rank())} ({str(error)[:200]}); "
-            "the same command continues from the last checkpoint"
-        ) from None
+        rank = dist.get_rank()
+        missing = find_missing(rank)
+        raise LostProcess(f"rank {rank}: {missing} ({str(error)[:200]}); {remedy}") from None

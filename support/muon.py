@@ -103,9 +103,9 @@ def load_optimizer(optimizer, saved: dict) -> None:
 
     Raises SettingError if the optimizer is of other classes, or has other groups of parameters.
     """
-    found, reason = describe_optimizer(optimizer), f"the run had {saved['kind']}"
+    found, reason = describe_optimizer(optimizer), f"the run had {saved.get('kind')}"
     try:
-        if found == saved["kind"]:
+        if found == saved.get("kind"):
             optimizer.load_state_dict(saved)
             return
     except (KeyError, ValueError) as error:

@@ -9,7 +9,9 @@ from torch import nn
 
 import train_gpt2
 from support.distributed import initialize
+from support.errors import SettingError
 from support.fused_loss import TrainingModel
+from support.muon import load_optimizer, save_optimizer
 from train_gpt2 import GPT, GPTConfig
 
 # -------------------------------------------------------------------------------------------------
@@ -208,3 +210,11 @@ def test_golden_step(small, optimizer):
             "loss on the same rows after it": run.model(x.flatten(0, 1), y.flatten(0, 1))[1].item(),
         }
     assert found == pytest.approx(GOLDEN[optimizer], rel=1e-4)
+
+
+def test_a_state_without_its_kind_is_refused_in_one_line():
+    """A training state of an earlier version of this program."""
+    optimizer = train_gpt2.configure_optimizer(make_model(), train_gpt2.Config(), "cpu")
+    with pytest.raises(SettingError, match="builds AdamW, but the run had None"):
+        load_optimizer(optimizer, optimizer.state_dict())
+    load_optimizer(optimizer, save_optimizer(optimizer))
