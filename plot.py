@@ -1,8 +1,10 @@
 """Draws the curves of one or more runs as a PNG: loss and HellaSwag over tokens and training time.
+Prints a table of the results.
 
     python plot.py                                    # log/log.txt, drawn to log/curves.png
     python plot.py log_tiny -o tiny.png
     python plot.py log_a log_b theirs/log.txt -o curves.png
+    python plot.py log_a_* log_b_*                    # the seeds of two kinds of run
 
 A run is a log directory, or a log.txt, also one of build-nanogpt. Three files are read:
 
@@ -10,19 +12,26 @@ A run is a log directory, or a log.txt, also one of build-nanogpt. Three files a
                   are drawn in one panel, hella and every other stream in a panel of its own
     progress.txt  `step tokens seconds`: the totals at the end of that step, without evaluations;
                   if it is missing, a batch size is assumed and no time is shown
-    run.json      the data set and the batch size
+    run.json      the settings, and the results of a finished run; the table shows the last values
+                  of log.txt for any other
 
 Every value is drawn at the tokens and the time before the update of its step.
+
+Runs that differ only in `seed`, and have made the same number of steps, are drawn as their mean
+in a band of one standard deviation, and are one row of the table: mean +- standard deviation. If
+there are exactly two such groups, the table has the difference +- its standard error (Welch), too.
 
 The trainer starts this program at each evaluation, so it does not import PyTorch.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
 import sys
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +56,13 @@ SMOOTHED = 0.02  # window of the mean, as a share of the values
 LABELS = {"loss": "loss (nats per token)", "hella": "HellaSwag (acc_norm)"}
 COLUMNS = {"tokens": (1e6, "tokens (millions)"), "seconds": (60, "training time (minutes)")}
 
+# Settings that need not be equal in a group of seeds. All others must be, also new ones, and so
+# must the data, the precision and the code.
+MAY_DIFFER = {
+    "seed", "log_dir", "check_data", "B", "device", "compile", "timeout_s", "val_every", "curves",
+    "hellaswag_every", "sample_every", "checkpoint_every", "keep_checkpoints", "tracker",
+}  # fmt: skip
+
 # Each run has a colour, and another line style if the colours are used up: Okabe and Ito's palette
 # without yellow, which is hard to see on white. Each stream of a panel has a marker.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -55,6 +71,7 @@ MARKERS = "soD^v"
 EACH_STEP = dict(linewidth=0.6, alpha=0.25, linestyle="-", zorder=2)
 MEAN = dict(linewidth=1.8, zorder=3)
 EVALUATION = dict(linewidth=0.8, markerfacecolor="white", markeredgewidth=1.3, zorder=4)
+BAND = dict(linewidth=0, alpha=0.2, zorder=1)
 GREY = "#666666"
 SETTINGS = {  # of matplotlib
     "axes.grid": True,
@@ -79,13 +96,16 @@ class Run:
     directory: Path
     streams: dict  # {name: (steps, finite values)}, two float arrays (n,), sorted by step
     progress: np.ndarray | None  # (n, 3): step, tokens, seconds, sorted by step; None if unknown
-    batch: int  # tokens per step, assumed if progress is None
-    on_fineweb: bool
+    on_fineweb: bool = False
+    batch: int = NANOGPT_BATCH  # tokens per step, assumed if progress is None
+    compared: str = ""  # equal for runs that differ only in `seed`; "": unknown
+    seed: str = ""
+    results: dict = field(default_factory=dict)  # {name: number}, by the names in run.json
 
     def x_of(self, steps: np.ndarray, column: str) -> np.ndarray:
         """The tokens or seconds before these steps; nan if progress.txt does not know them yet."""
         if self.progress is None:
-            return steps * self.batch
+            return steps * (self.batch if column == "tokens" else np.nan)
         done = np.append(0, self.progress[:, 0] + 1)  # steps at the end of step s: s + 1
         total = np.append(0, self.progress[:, 1 if column == "tokens" else 2])
         return np.interp(steps, done, total, right=np.nan)
@@ -101,7 +121,7 @@ def read_run(name: str) -> Run:
     try:
         streams = read_streams(path)
         progress = read_progress(path.parent / "progress.txt")
-        on_fineweb, batch = read_settings(path.parent / "run.json")
+        record = read_record(path.parent / "run.json")
     except OSError as error:
         raise UserError(
             f"{error.filename}: cannot be read ({error.strerror}); give the log directory of a run "
@@ -112,7 +132,9 @@ def read_run(name: str) -> Run:
             f"{path}: has no line `step stream value` with a finite value; let the run make a "
             "step, or give another log"
         )
-    return Run(name, path.parent, streams, progress, batch, on_fineweb)
+    run = Run(name, path.parent, streams, progress, **record)
+    run.results = run.results | last_values(streams) | run.results  # the order of run.json
+    return run
 
 
 def read_streams(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -124,32 +146,102 @@ def read_streams(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {stream: tuple(np.array(sorted(v.items()), float).T) for stream, v in values.items()}
 
 
+def last_values(streams: dict) -> dict[str, float]:
+    """`Run.results`, as far as log.txt has them."""
+    names = {s: f"{s}_loss" for s in streams if s.startswith("val")} | {"hella": "hellaswag"}
+    last = {names[s]: values[-1] for s, (_, values) in streams.items() if s in names}
+    return last | {"steps": max(steps[-1] + (s == "train") for s, (steps, _) in streams.items())}
+
+
 def read_progress(path: Path) -> np.ndarray | None:
     """`Run.progress` of a progress.txt; None if there is no such file, or no line in it."""
     rows = {row[0]: row for row in read_rows(path, PROGRESS_TYPES)} if path.exists() else {}
     return np.array(sorted(rows.values()), float) if rows else None
 
 
-def read_settings(path: Path) -> tuple[bool, int]:
-    """(whether the data is FineWeb, tokens per step) of a run.json.
+def read_record(path: Path) -> dict:
+    """The fields of `Run` that a run.json has.
 
     build-nanogpt, which has no such file, trains on FineWeb-Edu. A damaged file has no effect.
     """
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        on_fineweb = "fineweb" in Path(settings["data"]).name.lower()
-        return on_fineweb, int(settings["total_batch_size"])
+        record = json.loads(path.read_text(encoding="utf-8"))
+        settings, results = record["settings"], record.get("result") or {}
+        equal = {name: value for name, value in settings.items() if name not in MAY_DIFFER}
+        others = [record.get(name) for name in ("data", "dtype", "commit", "changes")]
+        return dict(
+            on_fineweb="fineweb" in Path(settings["data"]).name.lower(),
+            batch=int(settings["total_batch_size"]),
+            compared=json.dumps([equal, others], sort_keys=True),
+            seed=str(settings.get("seed")),
+            results={name: float(x) for name, x in results.items() if x is not None},
+        )
     except FileNotFoundError:
-        return True, NANOGPT_BATCH
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return False, NANOGPT_BATCH
+        return dict(on_fineweb=True)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return {}
+
+
+# -------------------------------------------------------------------------------------------------
+# Groups of seeds and the table
+
+
+class Group(list):
+    """The runs of one line: a single one, or several that differ only in `seed`."""
+
+    @property
+    def name(self) -> str:
+        return self[0].name + (f" ({len(self)} seeds)" if len(self) > 1 else "")
+
+    def series(self, stream: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps (n,), values (runs, n)) of a stream, at the steps that all runs have."""
+        parts = [run.streams.get(stream, np.empty((2, 0))) for run in self]
+        common = functools.reduce(np.intersect1d, [steps for steps, _ in parts])
+        return common, np.array([values[np.isin(steps, common)] for steps, values in parts])
+
+
+def group_seeds(runs: list[Run]) -> list[Group]:
+    """The runs in groups. A seed that its group already has begins another group."""
+    groups, earlier = {}, Counter()
+    for run in runs:
+        key = run.compared, run.results["steps"]
+        groups.setdefault((key, earlier[key, run.seed]), Group()).append(run)
+        earlier[key, run.seed] += 1
+    return [*groups.values()]
+
+
+def deviation(values: np.ndarray) -> np.ndarray:
+    """The sample standard deviation over the runs, (runs, n) to (n,); 0 for a single run."""
+    return values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros_like(values[0])
+
+
+def format_table(groups: list[Group]) -> str:
+    """The results: a line for each group, and one for the difference of exactly two of seeds."""
+    names = [*dict.fromkeys(name for group in groups for run in group for name in run.results)]
+    results = [np.array([[r.results.get(k, np.nan) for k in names] for r in g]) for g in groups]
+    rows = [(g.name, len(g), r.mean(0), deviation(r)) for g, r in zip(groups, results)]
+    seeds = [values for values in results if len(values) > 1]
+    if len(seeds) == 2:
+        error = np.hypot(*(deviation(values) / len(values) ** 0.5 for values in seeds))
+        rows.append(("second - first", "", seeds[1].mean(0) - seeds[0].mean(0), error))
+    table = [["run", "n", *names]]
+    table += [[name, str(n), *map(format_cell, means, errors)] for name, n, means, errors in rows]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    return "\n".join("  ".join(map(str.rjust, row, widths)) for row in table)
+
+
+def format_cell(value: float, error: float) -> str:
+    """A value, +- its error if it has one; "-" if it is unknown."""
+    digits = 0 if abs(value) >= 100 or value % 1 == 0 else 4
+    text = f"{value:,.{digits}f}" + (f" +- {error:,.{digits}f}" if error else "")
+    return text if np.isfinite(value) else "-"
 
 
 # -------------------------------------------------------------------------------------------------
 # The picture
 
 
-def draw(runs: list[Run]):
+def draw(groups: list[Group]):
     """A matplotlib Figure with a row for each panel, and columns tokens and, if known, time.
 
     Raises UserError if matplotlib is missing.
@@ -162,6 +254,7 @@ def draw(runs: list[Run]):
 
     matplotlib.rcdefaults()  # independent of the user's matplotlibrc
     matplotlib.rcParams.update(SETTINGS)
+    runs = [run for group in groups for run in group]
     panels = group_streams(runs)
     columns = ["tokens"] + ["seconds"] * any(run.progress is not None for run in runs)
     heights = [3.6 if panel == "loss" else 2.2 for panel in panels]
@@ -172,8 +265,8 @@ def draw(runs: list[Run]):
     for (panel, streams), row in zip(panels.items(), grid):
         row[0].set_ylabel(LABELS.get(panel, panel))
         for column, axes in zip(columns, row):
-            for run, style in zip(runs, itertools.cycle(RUN_STYLES)):
-                draw_run(axes, run, streams, column, style)
+            for group, style in zip(groups, itertools.cycle(RUN_STYLES)):
+                draw_group(axes, group, streams, column, style)
         on_fineweb = any(run.on_fineweb for run in runs)
         published = PUBLISHED.get(panel, {}) if panel != "loss" or on_fineweb else {}
         draw_published(row, published)
@@ -182,7 +275,7 @@ def draw(runs: list[Run]):
     for column, axes in zip(columns, grid[-1]):
         axes.set_xlabel(COLUMNS[column][1])
     figure.align_ylabels()
-    draw_legend(figure, runs, panels)
+    draw_legend(figure, groups, panels)
     return figure
 
 
@@ -200,23 +293,26 @@ def group_streams(runs: list[Run]) -> dict[str, dict[str, str]]:
     return {panel: streams for panel, streams in panels.items() if streams}
 
 
-def draw_run(axes, run: Run, streams: dict[str, str], column: str, style: dict) -> None:
-    """Draws the streams of a panel, by the labels "RUN STREAM" and "RUN STREAM mean"."""
-    if column == "seconds" and run.progress is None:
-        return
+def draw_group(axes, group: Group, streams: dict[str, str], column: str, style: dict) -> None:
+    """Draws the streams of a panel, by the labels "NAME STREAM", and that with "mean" or "band"."""
     for stream, marker in streams.items():
-        if stream not in run.streams:
+        steps, values = group.series(stream)
+        x = np.mean([run.x_of(steps, column) for run in group], axis=0) / COLUMNS[column][0]
+        label = f"{group.name} {stream}"
+        if not np.isfinite(x).any():
             continue
-        steps, y = run.streams[stream]
-        x, label = run.x_of(steps, column) / COLUMNS[column][0], f"{run.name} {stream}"
         if marker:  # at most 25 on a line, so that they do not touch
             every = slice(None, None, -(len(x) // 25 + 1))  # from the last point backwards
             look = style | EVALUATION | dict(marker=marker, markevery=every)
-            axes.plot(x, y, label=label, **look)
+            axes.plot(x, values.mean(0), label=label, **look)
         else:
             look = style | dict(marker="." if len(x) == 1 else "")  # one point makes no line
-            axes.plot(x, y, label=label, **look | EACH_STEP)
-            axes.plot(x, smooth(y), label=f"{label} mean", **look | MEAN)
+            axes.plot(x, values.mean(0), label=label, **look | EACH_STEP)
+            values = np.array([smooth(y) for y in values])
+            axes.plot(x, values.mean(0), label=f"{label} mean", **look | MEAN)
+        if len(group) > 1:
+            low, high = values.mean(0) + np.outer((-1, 1), deviation(values))
+            axes.fill_between(x, low, high, color=style["color"], label=f"{label} band", **BAND)
 
 
 def draw_published(row, published: dict[str, float]) -> None:
@@ -256,17 +352,20 @@ def loss_limits(runs: list[Run], streams, published: list[float]) -> tuple[float
     return bottom - margin, top + margin
 
 
-def draw_legend(figure, runs: list[Run], panels: dict[str, dict[str, str]]) -> None:
+def draw_legend(figure, groups: list[Group], panels: dict[str, dict[str, str]]) -> None:
     """Draws the names of the runs and the kinds of lines below the figure."""
     from matplotlib.lines import Line2D
 
     handles = []
-    for run, style in zip(runs, itertools.cycle(RUN_STYLES)):
-        note = f" ({run.batch:,} tokens per step assumed)" if run.progress is None else ""
-        handles.append(Line2D([], [], label=run.name + note, **style | MEAN))
+    for group, style in zip(groups, itertools.cycle(RUN_STYLES)):
+        assumed = any(run.progress is None for run in group)
+        note = f" ({group[0].batch:,} tokens per step assumed)" if assumed else ""
+        handles.append(Line2D([], [], label=group.name + note, **style | MEAN))
     kinds = {"each step": EACH_STEP | dict(alpha=1), f"mean of {SMOOTHED:.0%} of the steps": MEAN}
     evaluations = {stream: marker for stream, marker in panels.get("loss", {}).items() if marker}
     kinds |= {stream: EVALUATION | dict(marker=marker) for stream, marker in evaluations.items()}
+    if any(len(group) > 1 for group in groups):
+        kinds["standard deviation of the seeds"] = BAND | dict(linewidth=8)
     handles += [Line2D([], [], color=GREY, label=kind, **look) for kind, look in kinds.items()]
     longest = max(len(handle.get_label()) for handle in handles)
     columns = max(1, 110 // (longest + 9))  # the figure is about 110 characters wide
@@ -291,7 +390,7 @@ def write_png(figure, path: Path) -> None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The settings of a command line. Raises SettingError if they are not valid."""
-    parser = Parser(description="Draws the curves of one or more runs.", allow_abbrev=False)
+    parser = Parser(description="Draws curves and prints results of runs.", allow_abbrev=False)
     add = parser.add_argument
     add("logs", nargs="*", metavar="log", help="log directories, or log.txt files [log]")
     add("-o", "--out", metavar="PNG", help="the picture [curves.png beside the first log.txt]")
@@ -303,10 +402,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main() -> int:
     options = parse(sys.argv[1:])
-    runs = [read_run(name) for name in options.logs or ["log"]]
-    path = Path(options.out or runs[0].directory / "curves.png")
-    write_png(draw(runs), path)
-    print(f"{path}: {', '.join(run.name for run in runs)}")
+    groups = group_seeds([read_run(name) for name in options.logs or ["log"]])
+    path = Path(options.out or groups[0][0].directory / "curves.png")
+    write_png(draw(groups), path)
+    print(f"{path}: {', '.join(group.name for group in groups)}\n\n{format_table(groups)}")
     return 0
 
 
