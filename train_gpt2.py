@@ -317,21 +317,21 @@ class GPT(nn.Module):
         """Next-token logits (..., vocab_size) of hidden states (..., C), without padding ids."""
         return self.lm_head(x)[..., : self.config.vocab_size]
 
-    def token_losses(self, x, targets):
-        """Cross-entropy of each target, in nats: hidden states (N, C), int64 (N,) -> float32 (N,).
+    def token_losses(self, logits, targets):
+        """Cross-entropy of each target, in nats: (N, vocab_size), int64 (N,) -> float32 (N,).
 
         0 for targets of IGNORE_INDEX. Training, validation, HellaSwag and `forward` all call this.
         """
-        logits = self.logits(x).float()
+        logits = logits.float()
         return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
 
     def forward(self, idx, targets=None):
         """(logits (B, T, vocab_size), mean loss in nats or None) of int64 (B, T) each."""
-        x = self.hidden(idx)
+        logits = self.logits(self.hidden(idx))
         if targets is None:
-            return self.logits(x), None
-        losses = self.token_losses(x.flatten(0, 1), targets.flatten())
-        return self.logits(x), losses.sum() / (targets != IGNORE_INDEX).sum()
+            return logits, None
+        losses = self.token_losses(logits.flatten(0, 1), targets.flatten())
+        return logits, losses.sum() / (targets != IGNORE_INDEX).sum()
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, **more):
         """`idx` (B, T) continued by up to `max_new_tokens` ids; settings of `generation.stream`."""

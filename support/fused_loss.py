@@ -17,8 +17,9 @@ CHUNK_ROWS = {"cpu": 512, "mps": 1024, "cuda": 8192}  # rows of logits at a time
 class HeadLoss(nn.Module):
     """The summed loss of hidden states as a module, so that its parameters can be arguments.
 
-    model: has `token_losses(x, targets)`. Whatever that computes is differentiated by autograd, for
-    all parameters that it uses and that are trained: `used` has them by name.
+    model: has `logits(x)` and `token_losses(logits, targets)`. Whatever they compute is
+    differentiated by autograd, for all parameters that they use and that are trained: `used` has
+    them by name.
     """
 
     def __init__(self, model: nn.Module):
@@ -33,7 +34,7 @@ class HeadLoss(nn.Module):
 
     def forward(self, x, targets):
         """x (N, C), targets int64 (N,) -> float32 scalar."""
-        return self.model.token_losses(x, targets).sum()
+        return self.model.token_losses(self.model.logits(x), targets).sum()
 
     def with_parameters(self, x, targets, *parameters):
         """The same with other values for the parameters `used`, in their order."""

@@ -388,4 +388,4 @@ def token_losses(model, batch, scored) -> torch.Tensor:
     x = model.hidden(tokens, positions, mask[:, None]).flatten(0, 1)[scored]  # (N, C)
     size = LOSS_CHUNK[tokens.device.type]
     chunks = zip(x.split(size), targets.flatten()[scored].split(size))
-    return torch.cat([model.token_losses(x_chunk, chunk) for x_chunk, chunk in chunks])
+    return torch.cat([model.token_losses(model.logits(x), y) for x, y in chunks])

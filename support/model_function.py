@@ -72,8 +72,8 @@ def example_ids(tiny) -> torch.Tensor:
 def measure(tiny) -> float:
     """The mean loss of a model of `build_tiny` on fixed tokens, in nats."""
     ids = example_ids(tiny)
-    x = tiny.double().hidden(ids[:, :-1])
-    return tiny.token_losses(x.flatten(0, 1), ids[:, 1:].flatten()).double().mean().item()
+    logits = tiny.double().logits(tiny.hidden(ids[:, :-1]))
+    return tiny.token_losses(logits.flatten(0, 1), ids[:, 1:].flatten()).double().mean().item()
 
 
 @torch.no_grad()

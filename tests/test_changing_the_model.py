@@ -427,10 +427,10 @@ def test_keys_that_are_cached_before_they_are_changed_are_found(tmp_path):
 
 
 def test_a_softcap_on_one_path_is_found(tmp_path):
-    """It cannot be forgotten by accident: the loss has to leave out `logits` for that."""
-    path = apply(CHANGES["Softcap on the logits"].diff, tmp_path)
-    uncapped = "logits = self.lm_head(x)[..., : self.config.vocab_size].float()"
-    model = make_model(load_edited(path, "logits = self.logits(x).float()", uncapped))
+    """In `token_losses` it acts on losses and not on samples; `logits` is where it acts on both."""
+    path = shutil.copy(ROOT / "train_gpt2.py", tmp_path)
+    capped = "logits = 30 * torch.tanh(logits.float() / 30)"
+    model = make_model(load_edited(Path(path), "logits = logits.float()", capped))
     for check in (check_losses, check_packed_rows):
         with pytest.raises(AssertionError):
             check(model)

@@ -76,7 +76,7 @@ def test_loss_at_initialization(recipe, n_layer):
     ids, text = random_ids(1, 129), text_batch(1, 128)
     x, y = torch.cat((ids[:, :-1], text[0])), torch.cat((ids[:, 1:], text[1]))
     with torch.no_grad():
-        losses = model.token_losses(model.hidden(x).flatten(0, 1), y.flatten())
+        losses = model.token_losses(model(x)[0].flatten(0, 1), y.flatten())
     loss_random, loss_text = losses.view(2, 128).mean(dim=1).tolist()
     assert loss_random == pytest.approx(math.log(V) + config.n_embd * 0.02**2 / 2, abs=0.1)
     assert loss_random == pytest.approx(10.82, abs=0.2)
@@ -388,9 +388,9 @@ class Bias(Plain):
 
 
 class ZLoss(Plain):
-    def token_losses(self, x, targets):
-        z = self.logits(x).float().logsumexp(dim=1)
-        return super().token_losses(x, targets) + 0.01 * z**2 * (targets != IGNORE_INDEX)
+    def token_losses(self, logits, targets):
+        z = logits.float().logsumexp(dim=1)
+        return super().token_losses(logits, targets) + 0.01 * z**2 * (targets != IGNORE_INDEX)
 
     def expected_losses(self, logits, targets):
         z = torch.logsumexp(logits, dim=1)
@@ -398,9 +398,9 @@ class ZLoss(Plain):
 
 
 class LabelSmoothing(Plain):
-    def token_losses(self, x, targets):
+    def token_losses(self, logits, targets):
         return F.cross_entropy(
-            self.logits(x).float(), targets, ignore_index=IGNORE_INDEX, reduction="none",
+            logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="none",
             label_smoothing=0.1,
         )  # fmt: skip
 
