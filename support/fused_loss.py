@@ -46,16 +46,16 @@ def chunk_rows(n: int, most: int) -> int:
     return math.ceil(n / math.ceil(n / most))
 
 
-def cut(x, targets):
-    """(chunks of x (N, C), chunks of targets (N,)), all of one shape, which compiles once.
+def cut(x, targets, most: int):
+    """Chunks of x (N, C) and targets (N,): (chunks, rows, C) and (chunks, rows), rows <= `most`.
 
-    The last chunk is padded with rows whose target does not count.
+    The last chunk is padded with rows whose target does not count: one shape compiles once.
     """
-    rows = chunk_rows(len(x), CHUNK_ROWS[x.device.type])
+    rows = chunk_rows(len(x), most)
     if padding := -len(x) % rows:
         x = F.pad(x, (0, 0, 0, padding))
         targets = F.pad(targets, (0, padding), value=IGNORE_INDEX)
-    return x.split(rows), targets.split(rows)
+    return x.unflatten(0, (-1, rows)), targets.unflatten(0, (-1, rows))
 
 
 def cast_matrices(parameters, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -71,39 +71,43 @@ class ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, loss_fn, x, targets, *parameters):
-        """loss_fn: `HeadLoss.with_parameters`, compiled or not
-        x (N, C), targets int64 (N,) -> float32 scalar
+    def forward(ctx, loss_fn, x, targets, most, *parameters):
+        """x (N, C), targets int64 (N,) -> float32 scalar
+
+        loss_fn: `HeadLoss.with_parameters`, compiled or not; most: rows of a chunk
         """
         dtype = matmul_dtype(x)
         cast = [p.requires_grad_() for p in cast_matrices(parameters, dtype)]
-        sums = [torch.zeros_like(p) for p in parameters]
-        total, dxs = torch.zeros((), device=x.device), []
-        for x_chunk, targets_chunk in zip(*cut(x, targets)):
+        total = torch.zeros((), device=x.device)
+        x_chunks, targets_chunks = cut(x, targets, most)
+        # What is kept is allocated before the chunks' large tensors, and never between them, where
+        # it would keep the allocator from using their memory again.
+        dx, *sums = [torch.zeros_like(tensor) for tensor in (x_chunks, *parameters)]
+        for x_chunk, targets_chunk, dx_chunk in zip(x_chunks, targets_chunks, dx):
             with torch.enable_grad():
                 x_chunk = x_chunk.detach().to(dtype).requires_grad_()
                 loss = loss_fn(x_chunk, targets_chunk, *cast)
-            dx, *gradients = torch.autograd.grad(loss, (x_chunk, *cast))
             total += loss.detach()
-            dxs.append(dx)
-            while gradients:  # each is freed before the next chunk's exist
-                sums[len(gradients) - 1] += gradients.pop()
-        ctx.save_for_backward(torch.cat(dxs)[: len(x)].to(x.dtype), *sums)
+            gradients = list(torch.autograd.grad(loss, (x_chunk, *cast)))
+            for kept in reversed([dx_chunk, *sums]):  # each is freed before the next chunk's exist
+                kept += gradients.pop()
+        ctx.save_for_backward(dx.flatten(0, 1)[: len(x)], *sums)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         dx, *sums = ctx.saved_tensors
-        return None, dx * grad, None, *(gradient * grad for gradient in sums)
+        return None, dx * grad, None, None, *(gradient.mul_(grad) for gradient in sums)
 
 
 @torch.no_grad()
-def evaluate_chunks(loss_fn, x, targets, *parameters) -> torch.Tensor:
+def evaluate_chunks(loss_fn, x, targets, most, *parameters) -> torch.Tensor:
     """The same sum without gradients: float32 scalar."""
     dtype = matmul_dtype(x)
     cast = cast_matrices(parameters, dtype)
-    return torch.stack([loss_fn(x.to(dtype), t, *cast) for x, t in zip(*cut(x, targets))]).sum()
+    chunks = zip(*cut(x, targets, most))
+    return torch.stack([loss_fn(x.to(dtype), y, *cast) for x, y in chunks]).sum()
 
 
 class TrainingModel(nn.Module):
@@ -134,12 +138,14 @@ class TrainingModel(nn.Module):
 
     def loss(self, x, targets):
         """The same from final hidden states (B, T, C)."""
-        parameters = self.head[0].used.values()
-        return ChunkedLoss.apply(self.train_loss, x.flatten(0, 1), targets.flatten(), *parameters)
+        return ChunkedLoss.apply(self.train_loss, *self.arguments(x, targets))
 
     @torch.no_grad()
     def evaluate(self, idx, targets):
         """The same loss without gradients."""
-        parameters = self.head[0].used.values()
-        x = self.eval_hidden(idx).flatten(0, 1)
-        return evaluate_chunks(self.eval_loss, x, targets.flatten(), *parameters)
+        return evaluate_chunks(self.eval_loss, *self.arguments(self.eval_hidden(idx), targets))
+
+    def arguments(self, x, targets) -> tuple:
+        """Those of `ChunkedLoss` after `loss_fn`. Eager mode needs more memory for each row."""
+        most = CHUNK_ROWS[x.device.type] // (1 if self.compiled else 2)
+        return x.flatten(0, 1), targets.flatten(), most, *self.head[0].used.values()
