@@ -469,24 +469,14 @@ class DataLoaderLite:
         return min(self.B, 1 << (autotune.divide_evenly(share, self.B) - 1).bit_length())
 
     def batch(self, first: int, rows: int, B: int | None = None):
-        """This rank's share of rows [first, first + rows): x, y int64 (micro-steps, B, T).
-
-        Raises UserError for a token id that the model does not have.
-        """
+        """This rank's share of rows [first, first + rows): x, y int64 (micro-steps, B, T)."""
         B = B or self.B
         begin, end = (first + rows * r // self.num_processes for r in (self.rank, self.rank + 1))
         micro_steps = math.ceil(math.ceil(rows / self.num_processes) / B)
         x = np.zeros((micro_steps * B, self.T), dtype=np.int64)
         y = np.full_like(x, IGNORE_INDEX)
         for i, window in enumerate(self.windows_of(np.arange(begin, end))):
-            start = int(window) * self.T
-            row = self.tokens.read(start, start + self.T + 1)
-            if row.max() >= self.vocab_size:
-                at = start + int(row.argmax())
-                raise UserError(
-                    f"{self.tokens.name_of(at)}: token id {row.max()} at token {at} of the split, "
-                    f"but the model has {self.vocab_size} ids; tokenize with GPT-2's tokenizer"
-                )
+            row = self.tokens.read_window(int(window), self.T, self.vocab_size)
             x[i], y[i] = row[:-1], row[1:]
         batch = [torch.from_numpy(a).view(micro_steps, B, self.T) for a in (x, y)]
         return [a.pin_memory() for a in batch] if torch.cuda.is_available() else batch
@@ -745,7 +735,8 @@ def open_run(config: Config, runtime: Runtime) -> Run | None:
     """
     log_dir = Path(config.log_dir)
     record = run_log.read_run_json(log_dir, config.resume)
-    check_resume(config, record)
+    check_resume = functools.partial(run_log.check_resume, vars(config), MAY_CHANGE)
+    check_resume(record)
     newest = checkpoint.newest_valid(log_dir)
     final = checkpoint.step_directory(log_dir, config.max_steps)
     if record.get("finished_step") == config.max_steps and newest == final:
@@ -757,7 +748,7 @@ def open_run(config: Config, runtime: Runtime) -> Run | None:
     state = checkpoint.load_state(newest / "train_state.pt") if newest else {}
     splits = open_data(config, runtime)
     for earlier in (record, state):
-        check_resume(config, earlier, splits["train"].fingerprint)
+        check_resume(earlier, splits["train"].fingerprint)
     step = state.get("step", 0)
     if runtime.sum_float(step) != step * runtime.world_size:
         raise UserError(f"log_dir={str(log_dir)!r}: must be one directory shared by all nodes")
@@ -774,16 +765,6 @@ def open_run(config: Config, runtime: Runtime) -> Run | None:
     epochs = count_epochs(config, run.loader)
     run.output.print_setup(run.loader.B, epochs, lengths, newest, record)
     return run
-
-
-def check_resume(config: Config, earlier: dict, data: str | None = None) -> None:
-    """Raises SettingError if the run that run.json or a checkpoint describes cannot continue with
-    these settings, or with training data of this fingerprint. No run: {}."""
-    may_change = MAY_CHANGE
-    if config.init_from != "scratch":  # the model decides its shape
-        may_change = MAY_CHANGE | {"n_layer", "n_head", "n_embd"}
-    if earlier:
-        run_log.check_resume(vars(config), data, earlier, may_change, Path(config.log_dir))
 
 
 def open_data(config: Config, runtime: Runtime) -> dict[str, shards.TokenStream]:
@@ -972,13 +953,8 @@ def parse_config(arguments: list[str]) -> Config:
 
 
 def main() -> int:
-    try:
+    with autotune.naming_lack_of_memory():
         code = train(parse_config(sys.argv[1:]), process_ends=True)
-    except RuntimeError as error:
-        if "allocate memory" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
-            raise
-        reason = str(error).split("Allocator: ")[-1].split(". ")[0]
-        raise UserError(f"{reason}; give a smaller --B, or 0 for the most that fit") from None
     if dist.is_initialized():
         dist.destroy_process_group()
     return code

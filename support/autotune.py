@@ -1,5 +1,6 @@
 """Choices made by trying: the micro-batch that fits the device, and whether the model compiles."""
 
+import contextlib
 import math
 import time
 
@@ -7,7 +8,20 @@ import torch
 import torch.distributed as dist
 
 from support.distributed import Runtime, without_sync
+from support.errors import UserError
 from support.launch import print0
+
+
+@contextlib.contextmanager
+def naming_lack_of_memory():
+    """A context that raises UserError, with the setting to change, if the device is full."""
+    try:
+        yield
+    except RuntimeError as error:  # that of a CPU has no class of its own
+        if "allocate memory" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = str(error).split("Allocator: ")[-1].split(". ")[0]
+        raise UserError(f"{reason}; give a smaller --B, or 0 for the most that fit") from None
 
 
 def divide_evenly(n: int, most: int) -> int:

@@ -231,15 +231,19 @@ def write_run_json(log_dir: Path, content: dict) -> None:
 
 
 def check_resume(
-    settings: dict, data: str | None, earlier: dict, may_change: set[str], log_dir: Path
+    settings: dict, may_change: set[str], earlier: dict, data: str | None = None
 ) -> None:
     """Raises SettingError if the run in `log_dir` cannot continue with these settings or data.
 
-    data: fingerprint of the training tokens; None: not known yet
-    earlier: content of run.json or of a checkpoint: at least its `settings` and `data`
     may_change: names of the settings that need not match; max_steps may only grow
+    earlier: content of run.json or of a checkpoint: at least its `settings` and `data`; {}: no run
+    data: fingerprint of the training tokens; None: not known yet
     """
-    where, before = f"log_dir={str(log_dir)!r}", earlier["settings"]
+    if not earlier:
+        return
+    if settings["init_from"] != "scratch":  # the model decides its shape
+        may_change = may_change | {"n_layer", "n_head", "n_embd"}
+    where, before = f"log_dir={settings['log_dir']!r}", earlier["settings"]
     for name in settings | before:  # also those that only one of the two has
         value, old, grows = settings.get(name), before.get(name), name == "max_steps"
         if value != old and (name not in may_change or (grows and value < old)):

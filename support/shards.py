@@ -95,6 +95,20 @@ class TokenStream:
         """The file that token `position` comes from."""
         return self.names[self._shard_of(position)]
 
+    def read_window(self, index: int, T: int, vocab_size: int) -> np.ndarray:
+        """Window `index` of T tokens, and the next token: uint16 (T + 1,).
+
+        Raises UserError for a token id that the model does not have.
+        """
+        row = self.read(index * T, (index + 1) * T + 1)
+        if row.max() >= vocab_size:
+            at = index * T + int(row.argmax())
+            raise UserError(
+                f"{self.name_of(at)}: token id {row.max()} at token {at} of the split, but the "
+                f"model has {vocab_size} ids; tokenize with GPT-2's tokenizer"
+            )
+        return row
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of the length and of 16 M tokens in 1,024 places, or of all if there are fewer."""
