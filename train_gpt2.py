@@ -557,6 +557,7 @@ def training_state(run: "Run") -> dict:
         "bad_steps": run.bad_steps,
         "settings": dataclasses.asdict(run.config),
         "data": run.loader.tokens.fingerprint,
+        "log": run.output.log.texts(),
         "optimizer": save_optimizer(run.optimizer),
         "scaler": run.scaler.state_dict(),
         "padding_rows": padding_rows(run.model),
@@ -571,6 +572,7 @@ def restore(run: "Run", state: dict) -> None:
     """Sets everything but the model's parameters to the state of a checkpoint."""
     run.step = run.saved_step = state["step"]
     run.loader.position, run.bad_steps = state["position"], state["bad_steps"]
+    run.output.log.saved = state.get("log", {})
     load_optimizer(run.optimizer, state["optimizer"])
     if state["scaler"]:
         run.scaler.load_state_dict(state["scaler"])
@@ -739,7 +741,7 @@ def open_run(config: Config, runtime: Runtime) -> Run | None:
     check_resume(record)
     newest = checkpoint.newest_valid(log_dir)
     final = checkpoint.step_directory(log_dir, config.max_steps)
-    if record.get("finished_step") == config.max_steps and newest == final:
+    if newest == final and run_log.is_finished(log_dir, record, config.max_steps):
         print0(
             f"{log_dir}: this run is finished, at step {config.max_steps} of {config.max_steps}; "
             "give a larger --max_steps to continue it, or another --log_dir for a new run"

@@ -61,6 +61,16 @@ def read_rows(path: Path, types: tuple[type, ...]) -> list[tuple]:
     return rows
 
 
+def lines_before(step: int, text: str) -> list[str]:
+    """The lines of a text, without those that begin with the number of `step` or a later one."""
+    kept = []
+    for line in text.split("\n")[:-1]:
+        first, *_ = line.split(maxsplit=1) or [""]
+        if not first.isdecimal() or int(first) < step:
+            kept.append(line + "\n")
+    return kept
+
+
 class RunLog:
     """`log.txt` and `progress.txt`, to which each step appends its lines.
 
@@ -73,6 +83,7 @@ class RunLog:
         self.path, self.progress_path = log_dir / "log.txt", log_dir / "progress.txt"
         self.seconds = 0.0
         self.val_losses = {}  # {step: validation loss} so far
+        self.saved = {}  # `texts` in the checkpoint that is continued
 
     def write(self, step: int, stream: str, value: float) -> None:
         """Appends the value of a step. Raises UserError if it cannot be written."""
@@ -90,18 +101,22 @@ class RunLog:
         with writing(path), open(path, "a", encoding="utf-8", newline="\n") as file:
             file.write(line)
 
+    def texts(self) -> dict[str, str]:
+        """{file name: content}, of which a checkpoint contains a copy."""
+        files = self.path, self.progress_path
+        return {path.name: "".join(read_lines(path)) for path in files if path.exists()}
+
     def remove_steps(self, step: int) -> None:
         """Removes the lines of `step` and later ones, which the run repeats, and reads the others.
 
         A line begins with its step; any other complete line stays as it is.
+        A file that lacks a line of the checkpoint's copy was itself copied before the checkpoint,
+        or a power cut took its end: it is replaced.
         """
+        now = self.texts()
         for path in (self.path, self.progress_path):
-            kept = []
-            for line in read_lines(path) if path.exists() else []:
-                first, *_ = line.split(maxsplit=1) or [""]
-                if not first.isdecimal() or int(first) < step:
-                    kept.append(line)
-            replace(path, "".join(kept))
+            lines, expected = (lines_before(step, t.get(path.name, "")) for t in (now, self.saved))
+            replace(path, "".join(lines if set(expected) <= set(lines) else expected))
         for *_, seconds in read_rows(self.progress_path, PROGRESS_TYPES):
             self.seconds = seconds
         rows = read_rows(self.path, LOG_TYPES)
@@ -196,6 +211,16 @@ def read_run_json(log_dir: Path, resume: bool) -> dict:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         remedy = "remove it to continue this run" if checkpoints else "choose another --log_dir"
         raise SettingError(f"{path}: damaged ({error}); {remedy}") from None
+
+
+def is_finished(log_dir: Path, record: dict, max_steps: int) -> bool:
+    """Whether `run.json` describes a run that has ended at `max_steps`, and `log.txt` contains it.
+
+    In a copy of a directory that changed meanwhile, `log.txt` may be the older one.
+    """
+    log = log_dir / "log.txt"
+    size = log.stat().st_size if log.exists() else 0
+    return record.get("finished_step") == max_steps and size >= record.get("log_bytes", 0)
 
 
 def describe_software() -> dict:

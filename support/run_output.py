@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from support import run_log, trackers
-from support.checkpoint import list_checkpoints, try_directory
+from support.checkpoint import find_problem, list_checkpoints, try_directory
 from support.launch import print0
 from support.step_log import StepLog
 
@@ -96,11 +96,13 @@ class RunOutput:
 
     def find_best(self) -> int | None:
         """The step of the checkpoint with the lowest validation loss so far."""
-        return self.log.best(list_checkpoints(self.log_dir))
+        found = list_checkpoints(self.log_dir).items()
+        return self.log.best(step for step, path in found if not find_problem(path, hashes=False))
 
     def finish(self, **results) -> None:
         """Adds the results of a finished run to `run.json`."""
         if self.master_process:
+            results["log_bytes"] = self.log.path.stat().st_size
             run_log.write_run_json(self.log_dir, self.record | results)
 
     def close(self) -> None:

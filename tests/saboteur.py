@@ -5,6 +5,7 @@ which a fault from outside could only meet by chance. It is real: signals to its
 gradient.
 
     kill_at_event 17             SIGKILL before the 17th change of a file below log_dir
+    copy_at_events DIR           copies log_dir to DIR/N before the Nth change of a file in it
     signal_at_step SIGSTOP 1 5   SIGSTOP to rank 1, when it begins step 5
     signal_in_evaluation SIGTERM 1 4   SIGTERM to rank 1, in the middle of the evaluation at step 4
     signal_at_end SIGUSR1        a signal after the last step, and another when Python exits
@@ -15,7 +16,9 @@ gradient.
 
 import atexit
 import functools
+import itertools
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -44,28 +47,51 @@ def call_at_step(step: int, rank: int, act) -> None:
     train_gpt2.train_step = train_step
 
 
-def kill_at_event(number: str) -> None:
-    """Kills the process before it changes a file for the `number`th time.
+def before_changes(act) -> None:
+    """Calls `act(n)` before this process changes a file of its log_dir for the nth time.
 
     Python calls its audit hooks before it opens, renames or removes a file. Weights and training
-    state are written by Rust and C++, which call no hook: kills at random instants cover those.
+    state are written by Rust and C++, which call no hook.
     """
-    log_dir = next(a.split("=", 1)[1] for a in sys.argv if a.startswith("--log_dir="))
-    log_dir, left = os.path.abspath(log_dir), int(number)
+    log_dir, numbers = os.path.abspath(setting("log_dir")), itertools.count(1)
     changes = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
     def hook(event, arguments):
-        nonlocal left
         if event in changes and isinstance(arguments[0], (str, os.PathLike)):
             reads = event == "open" and not set(arguments[1] or "r") & set("wa+x")
             # os.remove and os.rmdir of a tree have a directory's descriptor and a bare name
             inside = os.path.abspath(arguments[0]).startswith(log_dir) or event.startswith("os.r")
             if inside and not reads:
-                left -= 1
-                if left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                act(next(numbers))
 
     sys.addaudithook(hook)
+
+
+def setting(name: str) -> str:
+    """The value of a setting in the command line."""
+    return next(a.split("=", 1)[1] for a in sys.argv if a.startswith(f"--{name}="))
+
+
+def kill_at_event(number: str) -> None:
+    """Kills the process before it changes a file for the `number`th time.
+
+    Kills at random instants cover the files that `before_changes` does not see.
+    """
+    before_changes(lambda n: os.kill(os.getpid(), signal.SIGKILL) if n == int(number) else None)
+
+
+def copy_at_events(directory: str) -> None:
+    """Copies log_dir to `directory/N` before a file of it is changed for the Nth time."""
+    log_dir = Path(setting("log_dir"))
+
+    def copy_file(source, target):  # a file of a checkpoint is written once
+        (shutil.copy if Path(source).parent == log_dir else os.link)(source, target)
+
+    def copy(n):
+        if log_dir.is_dir():
+            shutil.copytree(log_dir, f"{directory}/{n:04d}", copy_function=copy_file)
+
+    before_changes(copy)
 
 
 def signal_at_step(name: str, rank: str, step: str) -> None:
