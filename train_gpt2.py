@@ -122,6 +122,7 @@ class Config:
     log_dir: str = "log"  # directory of the log and the checkpoints of this run
     checkpoint_every: int = 1000  # steps between checkpoints; 0: only the final one
     keep_checkpoints: int = 2  # newest checkpoints kept, besides the best one
+    after_checkpoint: str = ""  # shell command after each one: 'aws s3 sync "$LOG_DIR" s3://...'
     resume: bool = True  # continue the run in log_dir; False: refuse if there is one
     curves: bool = True  # draw curves.png at each evaluation
     tracker: str = ""  # "", tensorboard or wandb
@@ -177,7 +178,7 @@ MAY_CHANGE = {
     "data", "check_data", "B", "max_steps", "max_bad_steps", "val_every", "val_tokens",
     "hellaswag_every", "hellaswag_data", "hellaswag_examples", "sample_every", "sample_prompt",
     "sample_tokens", "num_samples", "log_dir", "checkpoint_every", "keep_checkpoints", "resume",
-    "curves", "tracker", "device", "dtype", "compile", "timeout_s",
+    "after_checkpoint", "curves", "tracker", "device", "dtype", "compile", "timeout_s",
 }  # fmt: skip
 
 
@@ -602,15 +603,17 @@ def save_checkpoint(run: "Run") -> None:
             torch.save(training_state(run), directory / "train_state.pt")
 
         checkpoint.save(log_dir, step, write_files)
+        run.output.after_checkpoint.start(step, at_end=step == run.config.max_steps)
         prune_checkpoints(run)
     run.runtime.barrier()
     run.saved_step = step
 
 
 def prune_checkpoints(run: "Run") -> None:
-    """Removes the checkpoints that are no longer kept."""
+    """Removes the checkpoints that are no longer kept, nor in use by `after_checkpoint`."""
     log_dir, keep = Path(run.config.log_dir), run.config.keep_checkpoints
-    checkpoint.prune(log_dir, run.step, keep, run.output.find_best())
+    in_use = run.output.after_checkpoint.step
+    checkpoint.prune(log_dir, run.step, keep, run.output.find_best(), in_use)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -863,18 +866,19 @@ def train(config: Config, process_ends: bool = False) -> int:
                 config.hellaswag_data, examples, vocab_size, runtime
             )
         reports = DelayedCalls(functools.partial(log_step, run), runtime.asynchronous)
-        with StopSignals(runtime, process_ends) as signals, contextlib.closing(run.output):
-            run.output.console.start(run.step)
+        with StopSignals(runtime, process_ends) as signals, run.output.steps(run.step, signals):
             try:
                 train_loop(run, reports, signals)
             except Stopped as stopped:
                 return stop(run, reports, stopped)
+            if runtime.master_process:
+                prune_checkpoints(run)  # what a kill just before the end left
+            losses = {f"{name}_loss": loss for name, loss in run.val_losses.items()}
+            run.output.finish(finished_step=run.step, **({"val_loss": None} | losses))
+            final = checkpoint.step_directory(config.log_dir, run.step)
+            print0(f"finished: {final} is {describe_kind(run.model)}")
         if runtime.master_process:
-            prune_checkpoints(run)  # what a kill just before the end left
-        losses = {f"{name}_loss": loss for name, loss in run.val_losses.items()}
-        run.output.finish(finished_step=run.step, **({"val_loss": None} | losses))
-        final = checkpoint.step_directory(config.log_dir, run.step)
-        print0(f"finished: {final} is {describe_kind(run.model)}")
+            prune_checkpoints(run)  # what after_checkpoint used
         runtime.barrier()
         return 0
 

@@ -26,6 +26,7 @@ Run
     validate_settings  ranges and combinations of the trainer's settings
     autotune           the micro-batch that fits, and whether the model compiles
     checkpoint         checkpoint directories that are either complete or not there
+    after_checkpoint   the user's shell command after each checkpoint
     run_lock           one run at a time in a log directory
     run_output         all that a run shows and records, in one place
     step_log           console lines of training steps

@@ -152,8 +152,8 @@ def load_state(path: Path) -> dict:
         raise UserError(f"{path}: cannot be read ({reason}); remove {path.parent}") from None
 
 
-def prune(log_dir: Path, newest: int, keep: int, best: int | None) -> None:
-    """Removes all checkpoints but the last `keep` up to step `newest` and that of step `best`.
+def prune(log_dir: Path, newest: int, keep: int, *others: int | None) -> None:
+    """Removes all checkpoints but the last `keep` up to step `newest` and those of steps `others`.
 
     newest: the step written last. Later ones are damaged checkpoints that the run skipped, and are
     removed, as are the partial directories of killed runs. What cannot be removed stays.
@@ -161,7 +161,7 @@ def prune(log_dir: Path, newest: int, keep: int, best: int | None) -> None:
     checkpoints = list_checkpoints(log_dir)
     kept = [step for step in checkpoints if step <= newest][-keep:]
     for step, path in checkpoints.items():
-        if step not in (*kept, best):
+        if step not in (*kept, *others):
             shutil.rmtree(path, ignore_errors=True)
     for path in log_dir.glob(".step_*.partial"):
         shutil.rmtree(path, ignore_errors=True)

@@ -1,12 +1,15 @@
 """Everything that a run shows and records, in one place: console, log files, tracker, curves."""
 
+import contextlib
 import math
 from pathlib import Path
 
 from support import run_log, trackers
+from support.after_checkpoint import AfterCheckpoint
 from support.checkpoint import find_problem, list_checkpoints, try_directory
 from support.launch import print0
 from support.step_log import StepLog
+from support.stop_signals import StopSignals
 
 
 class RunOutput:
@@ -20,6 +23,7 @@ class RunOutput:
         self.log_dir, self.master_process = log_dir, master_process
         self.console, self.record = console, record
         self.log, self.curves = run_log.RunLog(log_dir), run_log.Curves(log_dir)
+        self.after_checkpoint = AfterCheckpoint(record["settings"]["after_checkpoint"], log_dir)
         self.tracker = trackers.Tracker()
 
     def print_setup(
@@ -58,6 +62,18 @@ class RunOutput:
             self.log.remove_steps(step)
             if name := settings["tracker"]:
                 self.tracker = trackers.TRACKERS[name](self.log_dir, settings, step)
+
+    @contextlib.contextmanager
+    def steps(self, step: int, signals: StopSignals):
+        """A context for the steps from `step` on: it ends the progress bar and the tracker, and
+        waits for `after_checkpoint`."""
+        self.console.start(step)
+        with self.after_checkpoint.until_end(signals):
+            try:
+                yield
+            finally:
+                self.console.close()
+                self.tracker.close()
 
     def log_step(
         self, step: int, lr: float, tokens: int, total_tokens: int, figures: dict[str, float]
@@ -100,12 +116,8 @@ class RunOutput:
         return self.log.best(step for step, path in found if not find_problem(path, hashes=False))
 
     def finish(self, **results) -> None:
-        """Adds the results of a finished run to `run.json`."""
+        """Adds the results of a finished run, at least `finished_step`, to `run.json`."""
         if self.master_process:
             results["log_bytes"] = self.log.path.stat().st_size
             run_log.write_run_json(self.log_dir, self.record | results)
-
-    def close(self) -> None:
-        """Ends the progress bar and the tracker."""
-        self.console.close()
-        self.tracker.close()
+            self.after_checkpoint.start(results["finished_step"], at_end=True)

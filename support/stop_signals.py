@@ -63,6 +63,10 @@ class StopSignals:
             self.received_at = time.monotonic()
         self.received = index
 
+    def forget(self) -> None:
+        """Makes `check` raise only for a signal that comes from now on."""
+        self.received = self.counts = None
+
     def is_due(self, delay_s: float) -> bool:
         """Whether this process received a signal at least `delay_s` ago."""
         return self.received is not None and time.monotonic() - self.received_at >= delay_s
