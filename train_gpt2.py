@@ -41,6 +41,8 @@ from support import (
     devices,
     hellaswag_eval,
     huggingface,
+    model_files,
+    muon,
     run_log,
     shards,
     tokenizer,
@@ -53,13 +55,6 @@ from support.fused_loss import IGNORE_INDEX, TrainingModel
 from support.generation import causal_mask, generate_texts, stream
 from support.huggingface import check_code, describe_kind, find_non_finite, padding_rows
 from support.launch import print0, read_launch
-from support.muon import (
-    CombinedOptimizer,
-    configure_muon,
-    load_optimizer,
-    save_optimizer,
-    step_if_finite,
-)
 from support.run_lock import RunLock
 from support.run_output import RunOutput
 from support.step_log import DelayedCalls, StepLog, count_bad_steps
@@ -96,6 +91,7 @@ class Config:
     schedule: str = "cosine"  # decay of the learning rate after the warm-up: cosine or linear
     max_lr: float = 6e-4  # learning rate after the warm-up
     min_lr: float = 6e-5  # learning rate at the end: 10 %
+    cooldown: float = 1.0  # share of the steps after the warm-up in which the learning rate falls
     warmup_steps: int = 715  # steps of linear warm-up: 375 M tokens
     max_steps: int = 19073  # steps of the run: 10 B tokens, one epoch of FineWeb-Edu 10B
     weight_decay: float = 0.1  # on tensors of 2 or more dimensions
@@ -117,6 +113,7 @@ class Config:
     sample_prompt: str = "Hello, I'm a language model,"  # text that the samples continue
     sample_tokens: int = 32  # tokens added to the prompt
     num_samples: int = 4  # samples each time
+    eval_only: bool = False  # evaluate init_from or the newest checkpoint once, and write nothing
 
     # output
     log_dir: str = "log"  # directory of the log and the checkpoints of this run
@@ -177,8 +174,8 @@ RAMP_START = 32768  # tokens per step at the start of a batch ramp (GPT-3, appen
 MAY_CHANGE = {
     "data", "check_data", "B", "max_steps", "max_bad_steps", "val_every", "val_tokens",
     "hellaswag_every", "hellaswag_data", "hellaswag_examples", "sample_every", "sample_prompt",
-    "sample_tokens", "num_samples", "log_dir", "checkpoint_every", "keep_checkpoints", "resume",
-    "after_checkpoint", "curves", "tracker", "device", "dtype", "compile", "timeout_s",
+    "sample_tokens", "num_samples", "eval_only", "log_dir", "checkpoint_every", "keep_checkpoints",
+    "after_checkpoint", "resume", "curves", "tracker", "device", "dtype", "compile", "timeout_s",
 }  # fmt: skip
 
 
@@ -368,16 +365,15 @@ def configure_optimizer(model: GPT, config: Config, device_type: str):
 
     Weight decay acts on tensors of 2 or more dimensions only.
     """
-    named = dict(model.named_parameters())
-    matrices = {
-        name: p
-        for name, p in named.items()
-        if config.optimizer == "muon" and ".h." in name and p.dim() == 2
-    }
-    rest = [p for name, p in named.items() if name not in matrices]
+    matrices, others = {}, []
+    for name, parameter in model.named_parameters():
+        if config.optimizer == "muon" and ".h." in name and parameter.dim() == 2:
+            matrices[name] = parameter
+        else:
+            others.append(parameter)
     groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in others if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(
         groups,
@@ -388,23 +384,26 @@ def configure_optimizer(model: GPT, config: Config, device_type: str):
     )
     if matrices:
         rates = config.muon_lr, config.muon_momentum, config.weight_decay
-        muon = configure_muon(matrices, *rates)
-        for group in muon.param_groups:  # on the schedule of max_lr
+        first = muon.configure_muon(matrices, *rates)
+        for group in first.param_groups:  # on the schedule of max_lr
             group["lr_scale"] = config.muon_lr / config.max_lr
-        optimizer = CombinedOptimizer(muon=muon, adamw=optimizer)
-    grouped = sorted(id(p) for group in optimizer.param_groups for p in group["params"])
-    assert grouped == sorted(map(id, named.values())), "each parameter must be in exactly one group"
+        optimizer = muon.CombinedOptimizer(muon=first, adamw=optimizer)
+    grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(grouped) == sorted(map(id, model.parameters())), "each in exactly one group"
     return optimizer
 
 
 def get_lr(step: int, config: Config) -> float:
-    """The learning rate of a step: linear warm-up, then `schedule` from max_lr to min_lr."""
+    """The learning rate of a step: warm-up, max_lr, then `schedule` from max_lr to min_lr."""
     c = config
     if step < c.warmup_steps:
         return c.max_lr * (step + 1) / c.warmup_steps
     if step >= c.max_steps:
         return c.min_lr
-    progress = (step - c.warmup_steps) / (c.max_steps - c.warmup_steps)
+    start = c.max_steps - c.cooldown * (c.max_steps - c.warmup_steps)  # of the decay
+    if step < start:
+        return c.max_lr
+    progress = (step - start) / (c.max_steps - start)
     left = 1 - progress if c.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return c.min_lr + left * (c.max_lr - c.min_lr)
 
@@ -504,39 +503,48 @@ class DataLoaderLite:
 
 def validation_loss(
     model: TrainingModel, loader: DataLoaderLite, rows: int, runtime: Runtime, check_signals
-) -> float:
-    """Mean loss per token, in nats, over the first `rows` windows, shared by all ranks."""
-    losses = []
+) -> tuple[float, float]:
+    """Mean loss in nats per token, and in bits per byte of the text, over the first `rows` windows,
+    which all ranks share."""
+    losses, text_bytes = [], 0
     step_rows = loader.B * runtime.world_size
     for first in range(0, rows, step_rows):
         check_signals()
         x, y = loader.batch(first, min(step_rows, rows - first))
+        text_bytes += tokenizer.count_bytes(y)
         x, y = (a[0].to(runtime.device, non_blocking=True) for a in (x, y))
         with runtime.autocast():
             losses.append(model.evaluate(x, y))
-    total = torch.stack(losses).cpu().double().sum()
-    if runtime.device.type == "cuda":
-        total = total.to(runtime.device)
-    return runtime.all_reduce(total).item() / (rows * loader.T)
+    total = torch.stack(losses).cpu().double().sum().item()
+    total, text_bytes = map(sum, zip(*runtime.all_gather((total, text_bytes))))
+    return total / (rows * loader.T), total / math.log(2) / max(1, text_bytes)
 
 
-def validate(run: "Run", check_signals) -> None:
-    """Logs the loss on each validation set; `run.val_losses` has the last ones by name."""
+def validate(run: "Run", check_signals=lambda: None) -> None:
+    """Logs the loss on each validation set, its perplexity, and bits per byte."""
     for name, loader in run.val_loaders.items():
         rows = min(run.config.val_tokens // run.config.T, loader.windows)
-        loss = validation_loss(run.training_model, loader, rows, run.runtime, check_signals)
-        title = "validation loss" if name == "val" else f"{name} loss"
-        run.output.log_evaluation(run.step, name, loss, f"{title}: {loss:.4f}")
-        run.val_losses[name] = loss
+        loss, bpb = validation_loss(run.training_model, loader, rows, run.runtime, check_signals)
+        run.output.log_validation(run.step, name, loss, bpb)
 
 
-def score_hellaswag(run: "Run", check_signals) -> None:
+def load_questions(run: "Run") -> None:
+    """Loads the questions of HellaSwag, if it is to be scored."""
+    c, vocab_size = run.config, run.model.config.vocab_size
+    if c.hellaswag_every:
+        run.questions = hellaswag_eval.load_shared_questions(
+            c.hellaswag_data, c.hellaswag_examples, vocab_size, run.runtime
+        )
+
+
+def score_hellaswag(run: "Run", check_signals=lambda: None) -> None:
     """Logs the HellaSwag score (acc_norm in `log.txt`)."""
     score = hellaswag_eval.evaluate(run.model, run.questions, run.runtime, check_signals)
-    run.output.log_evaluation(run.step, "hella", score.acc_norm, f"HellaSwag {score}")
+    results = {"hellaswag": score.acc_norm}
+    run.output.log_evaluation(run.step, "hella", results, f"HellaSwag {score}")
 
 
-def print_samples(run: "Run", check_signals) -> None:
+def print_samples(run: "Run", check_signals=lambda: None) -> None:
     """Prints `num_samples` continuations of `sample_prompt`, and gives them to the tracker."""
     c = run.config
     texts = generate_texts(
@@ -559,7 +567,7 @@ def training_state(run: "Run") -> dict:
         "settings": dataclasses.asdict(run.config),
         "data": run.loader.tokens.fingerprint,
         "log": run.output.log.texts(),
-        "optimizer": save_optimizer(run.optimizer),
+        "optimizer": muon.save_optimizer(run.optimizer),
         "scaler": run.scaler.state_dict(),
         "padding_rows": padding_rows(run.model),
         "rng": {"cpu": torch.get_rng_state()},
@@ -574,7 +582,7 @@ def restore(run: "Run", state: dict) -> None:
     run.step = run.saved_step = state["step"]
     run.loader.position, run.bad_steps = state["position"], state["bad_steps"]
     run.output.log.saved = state.get("log", {})
-    load_optimizer(run.optimizer, state["optimizer"])
+    muon.load_optimizer(run.optimizer, state["optimizer"])
     if state["scaler"]:
         run.scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["rng"]["cpu"])
@@ -589,11 +597,7 @@ def save_checkpoint(run: "Run") -> None:
     full.
     """
     log_dir, step = Path(run.config.log_dir), run.step
-    if name := find_non_finite(run.model):
-        raise SettingError(
-            f"max_lr={run.config.max_lr}: {name} is not finite after step {step - 1}, so it is not "
-            f"saved; {checkpoint.describe_newest(log_dir)}; try a lower one in another --log_dir"
-        )
+    checkpoint.check_finite(find_non_finite(run.model), log_dir, step, run.config.max_lr)
     run.runtime.barrier()
     if run.runtime.master_process:
         run.output.tracker.flush()
@@ -635,7 +639,6 @@ class Run:
     val_loaders: dict[str, DataLoaderLite]  # by the name of their stream in log.txt
     output: RunOutput  # console, log files, tracker
     questions: list = field(default_factory=list)  # of HellaSwag
-    val_losses: dict[str, float] = field(default_factory=dict)  # of the last validation
     step: int = 0  # steps done
     saved_step: int = 0  # steps that the newest checkpoint contains
     bad_steps: int = 0  # non-finite steps in a row
@@ -691,7 +694,7 @@ def update_parameters(run: Run, lr: float, loss: torch.Tensor) -> torch.Tensor:
         scaler.step(optimizer)
         scaler.update()
     else:
-        step_if_finite(optimizer, norm.isfinite() & loss.isfinite(), run.runtime.device)
+        muon.step_if_finite(optimizer, norm.isfinite() & loss.isfinite(), run.runtime.device)
     optimizer.zero_grad(set_to_none=True)
     return norm
 
@@ -724,13 +727,19 @@ def build_model(config: Config, state: dict, directory: Path | None) -> GPT:
                 model.get_parameter(name)[model.config.vocab_size :] = rows
         return model
     if config.init_from != "scratch":
-        try:
-            return GPT.from_pretrained(config.init_from, block_size=config.T, same_function=False)
-        except UserError as error:
-            raise SettingError(f"init_from={config.init_from!r}: {error}") from None
+        return load_model(config, "init_from", same_function=False)
     torch.manual_seed(config.seed)
     shape = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)
     return GPT(GPTConfig(block_size=config.T, **shape))
+
+
+def load_model(config: Config, name: str, **options) -> GPT:
+    """The model of the setting `name`. Raises SettingError if it cannot be loaded."""
+    source = getattr(config, name)
+    try:
+        return GPT.from_pretrained(source, block_size=config.T, **options)
+    except UserError as error:
+        raise SettingError(f"{name}={source!r}: {error}") from None
 
 
 def open_run(config: Config, runtime: Runtime) -> Run | None:
@@ -828,7 +837,8 @@ def build_output(config: Config, runtime: Runtime, model: GPT, loader: DataLoade
         config.max_steps, model.flops_per_token(config.T), devices.peak_flops(name, runtime.dtype),
         world_size, runtime.master_process,
     )  # fmt: skip
-    return RunOutput(Path(config.log_dir), runtime.master_process, console, record)
+    writes = runtime.master_process and not config.eval_only
+    return RunOutput(Path(config.log_dir), writes, console, record)
 
 
 def count_epochs(config: Config, loader: DataLoaderLite) -> float:
@@ -852,6 +862,8 @@ def train(config: Config, process_ends: bool = False) -> int:
     Raises UserError for what the user can correct, and if another process is lost.
     """
     runtime = initialize(config.device, config.dtype, read_launch(), config.timeout_s)
+    if config.eval_only:
+        return evaluate(config, runtime)
     with naming_lost_ranks(), RunLock(config.log_dir, runtime) as lock:
         run = open_run(config, runtime)
         if run is None:
@@ -860,27 +872,44 @@ def train(config: Config, process_ends: bool = False) -> int:
         run.output.start(run.step)
         models = run.training_model, run.ddp_model
         autotune.compile_or_fall_back(*models, run.loader.B, config.T, runtime)
-        if config.hellaswag_every:
-            vocab_size, examples = run.model.config.vocab_size, config.hellaswag_examples
-            run.questions = hellaswag_eval.load_shared_questions(
-                config.hellaswag_data, examples, vocab_size, runtime
-            )
+        load_questions(run)
         reports = DelayedCalls(functools.partial(log_step, run), runtime.asynchronous)
         with StopSignals(runtime, process_ends) as signals, run.output.steps(run.step, signals):
             try:
                 train_loop(run, reports, signals)
             except Stopped as stopped:
                 return stop(run, reports, stopped)
-            if runtime.master_process:
-                prune_checkpoints(run)  # what a kill just before the end left
-            losses = {f"{name}_loss": loss for name, loss in run.val_losses.items()}
-            run.output.finish(finished_step=run.step, **({"val_loss": None} | losses))
+            tokens, memory = run.loader.position * config.T, devices.peak_memory_mib(runtime.device)
+            run.output.finish(run.step, tokens, memory)
             final = checkpoint.step_directory(config.log_dir, run.step)
             print0(f"finished: {final} is {describe_kind(run.model)}")
         if runtime.master_process:
-            prune_checkpoints(run)  # what after_checkpoint used
+            prune_checkpoints(run)  # what a kill just before the end, or after_checkpoint, left
         runtime.barrier()
         return 0
+
+
+@naming_lost_ranks("start it again")
+def evaluate(config: Config, runtime: Runtime) -> int:
+    """Validates, scores HellaSwag and samples once, and writes nothing; returns the exit code.
+
+    The model is that of `init_from` or, if that is "scratch", the newest one in `log_dir`.
+    """
+    name = "log_dir" if config.init_from == "scratch" else "init_from"
+    model = load_model(config, name).to(runtime.device)
+    directory = model_files.find_directory(getattr(config, name))
+    print0(f"evaluating {directory}")
+    run = build_run(config, runtime, model, open_data(config, runtime))
+    run.step = checkpoint.step_of(directory)
+    autotune.compile_or_fall_back(run.training_model, None, run.loader.B, config.T, runtime)
+    load_questions(run)
+    validate(run)
+    if run.questions:
+        score_hellaswag(run)
+    if config.sample_every:
+        print_samples(run)
+    run.output.print_results()
+    return 0
 
 
 def train_loop(run: Run, reports: DelayedCalls, signals: StopSignals) -> None:

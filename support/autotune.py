@@ -76,13 +76,15 @@ def run_dummy_step(model, B: int, T: int, runtime: Runtime) -> None:
 def compile_or_fall_back(training_model, ddp_model, B: int, T: int, runtime: Runtime) -> None:
     """Compiles the training and the validation step on a dummy batch; eager mode if that fails.
 
+    ddp_model: None: compiles validation only
     If it fails on any rank, all ranks use eager mode.
     """
     if not training_model.compiled:
         return
     start, problem = time.perf_counter(), ""
     try:
-        run_dummy_step(ddp_model, B, T, runtime)
+        if ddp_model is not None:
+            run_dummy_step(ddp_model, B, T, runtime)
         idx = torch.zeros((B, T), dtype=torch.int64, device=runtime.device)
         with runtime.autocast():
             training_model.evaluate(idx, idx)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from support.errors import UserError
+from support.errors import SettingError, UserError
 from support.files import sha256, sync
 from support.launch import print0
 
@@ -24,6 +24,12 @@ STEP_NAME = re.compile(r"step_(\d{5,})")
 def step_directory(log_dir, step: int) -> Path:
     """The directory of the checkpoint after `step` steps."""
     return Path(log_dir) / f"step_{step:05d}"
+
+
+def step_of(directory: Path) -> int:
+    """The step in a checkpoint's name; 0 for any other directory."""
+    match = STEP_NAME.fullmatch(directory.name)
+    return int(match[1]) if match else 0
 
 
 def write_directory(target: Path, fill) -> None:
@@ -79,6 +85,15 @@ def save(log_dir: Path, step: int, fill) -> None:
             f"(complete checkpoints: {kept or 'none'})"
         ) from None
     print0(f"step {step:5d} | saved {directory}")
+
+
+def check_finite(name: str | None, log_dir: Path, step: int, max_lr: float) -> None:
+    """Raises SettingError if `name` is that of a parameter that is not finite after `step` steps"""
+    if name:
+        raise SettingError(
+            f"max_lr={max_lr}: {name} is not finite after step {step - 1}, so it is not saved; "
+            f"{describe_newest(log_dir)}; try a lower one in another --log_dir"
+        )
 
 
 def find_problem(directory: Path, hashes: bool = True) -> str | None:

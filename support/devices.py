@@ -98,6 +98,18 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def peak_memory_mib(device: torch.device) -> int | None:
+    """The most memory that this process used so far, on a GPU that of tensors; None on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak >> (20 if sys.platform == "darwin" else 10)  # in bytes there, elsewhere in KiB
+
+
 def keep_freed_memory() -> None:
     """Makes glibc keep the memory of freed tensors for new ones.
 

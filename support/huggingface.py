@@ -169,7 +169,9 @@ def load_model(
     validate_vocabulary(directory)
     positions = saved["n_positions"]
     if block_size is not None and block_size > positions:
-        raise UserError(f"T={block_size}: {source} has only {positions} positions")
+        raise UserError(
+            f"T={block_size}: {source} has only {positions} positions; give --T={positions}"
+        )
     weights = _read_weights(source, directory, saved)
     try:
         values = (saved.get("gpt_config") or {}) | {

@@ -25,6 +25,8 @@ class RunOutput:
         self.log, self.curves = run_log.RunLog(log_dir), run_log.Curves(log_dir)
         self.after_checkpoint = AfterCheckpoint(record["settings"]["after_checkpoint"], log_dir)
         self.tracker = trackers.Tracker()
+        # The last ones, in this order.
+        self.results = dict(val_loss=None, val_bpb=None, val_perplexity=None, hellaswag=None)
 
     def print_setup(
         self, B: int, epochs: float, lengths: dict[str, int], newest: Path | None, earlier: dict
@@ -93,12 +95,23 @@ class RunOutput:
             self.log.write_progress(step, total_tokens, rates.pop("dt_s"))
             self.tracker.log(step, figures | dict(lr=lr) | rates)
 
-    def log_evaluation(self, step: int, stream: str, value: float, text: str) -> None:
-        """Logs the result of an evaluation after `step` steps; text: for the console."""
+    def log_evaluation(self, step: int, stream: str, values: dict[str, float], text: str) -> None:
+        """Logs the results of an evaluation after `step` steps.
+
+        values: by name; `log.txt` gets the first one as `stream`; text: for the console
+        """
         print0(f"step {step:5d} | {text}", bold=True)
+        self.results |= values
         if self.master_process:
-            self.log.write(step, stream, value)
-            self.tracker.log(step, {stream if stream == "hella" else f"{stream}_loss": value})
+            self.log.write(step, stream, next(iter(values.values())))
+            self.tracker.log(step, values)
+
+    def log_validation(self, step: int, name: str, loss: float, bpb: float) -> None:
+        """Logs the loss on a validation set, in nats per token and in bits per byte of text."""
+        perplexity, title = math.exp(min(loss, 99)), "validation" if name == "val" else name
+        text = f"{title} loss: {loss:.4f} | perplexity: {perplexity:.2f} | bits per byte: {bpb:.4f}"
+        values = {f"{name}_loss": loss, f"{name}_bpb": bpb, f"{name}_perplexity": perplexity}
+        self.log_evaluation(step, name, values, text)
 
     def log_text(self, step: int, name: str, text: str) -> None:
         """Prints a text after `step` steps and gives it to the tracker."""
@@ -115,9 +128,26 @@ class RunOutput:
         found = list_checkpoints(self.log_dir).items()
         return self.log.best(step for step, path in found if not find_problem(path, hashes=False))
 
-    def finish(self, **results) -> None:
-        """Adds the results of a finished run, at least `finished_step`, to `run.json`."""
+    def finish(self, step: int, tokens: int, peak_memory_mib: int | None) -> None:
+        """Adds the results of a finished run to `run.json`, and prints them.
+
+        tokens: trained on, like the time since the first step, over all starts of the run
+        """
+        seconds = self.log.seconds
+        rate = tokens / seconds if seconds else None
+        self.results |= dict(
+            tokens=tokens, steps=step, seconds=seconds, tokens_per_second=rate,
+            peak_memory_mib=peak_memory_mib, mfu=rate and self.console.mfu(rate),
+        )  # fmt: skip
         if self.master_process:
-            results["log_bytes"] = self.log.path.stat().st_size
-            run_log.write_run_json(self.log_dir, self.record | results)
-            self.after_checkpoint.start(results["finished_step"], at_end=True)
+            log_bytes = self.log.path.stat().st_size
+            end = dict(finished_step=step, log_bytes=log_bytes, result=self.results)
+            run_log.write_run_json(self.log_dir, self.record | end)
+            self.after_checkpoint.start(step, at_end=True)
+        self.print_results()
+
+    def print_results(self) -> None:
+        """Prints a line `name: value` for each result that there is."""
+        for name, value in self.results.items():
+            if value is not None:
+                print0(f"{name}: {value if isinstance(value, int) else format(value, '.6g')}")

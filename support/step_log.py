@@ -53,7 +53,7 @@ class StepLog:
         dt_s, self.clock = now - self.clock, now
         self.last_dts.append(dt_s)
         rate = tokens / dt_s
-        mfu = rate * self.flops_per_token / self.peak if self.peak else None
+        mfu = self.mfu(rate)
         left_s = statistics.median(self.last_dts) * (self.max_steps - step - 1)
         left = tqdm.format_interval(left_s)
         more = "".join(f"{name}: {value:.4f} | " for name, value in [*figures.items()][2:])
@@ -65,6 +65,10 @@ class StepLog:
         )
         self.bar.update()
         return dict(dt_s=dt_s, tok_per_sec=rate) | ({} if mfu is None else dict(mfu=mfu))
+
+    def mfu(self, rate: float) -> float | None:
+        """The share of the peak at `rate` tokens per second; None if it is unknown."""
+        return rate * self.flops_per_token / self.peak if self.peak else None
 
     def close(self) -> None:
         """Removes the progress bar."""

@@ -39,6 +39,21 @@ def load_ranks() -> dict[bytes, int]:
 
 
 @functools.cache
+def byte_lengths() -> np.ndarray:
+    """Bytes of text that each token stands for: int64 (50257,); 0 for <|endoftext|>."""
+    lengths = np.zeros(VOCAB_SIZE, dtype=np.int64)
+    for token, rank in load_ranks().items():
+        lengths[rank] = len(token)
+    return lengths
+
+
+def count_bytes(ids) -> int:
+    """Bytes of text that token ids stand for, special tokens and negative ids excluded."""
+    ids = np.asarray(ids)
+    return int(byte_lengths()[ids[ids >= 0]].sum())
+
+
+@functools.cache
 def get_encoding():
     """The `tiktoken.Encoding` of GPT-2: `encode_ordinary(text)`, `decode(ids)`, `eot_token`."""
     import tiktoken

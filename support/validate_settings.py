@@ -12,7 +12,7 @@ POSITIVE = (
     "keep_checkpoints max_bad_steps max_lr eps muon_lr timeout_s"
 )
 NOT_NEGATIVE = (
-    "seed B batch_ramp_tokens min_lr warmup_steps weight_decay beta1 beta2 grad_clip "
+    "seed B batch_ramp_tokens min_lr cooldown warmup_steps weight_decay beta1 beta2 grad_clip "
     "muon_momentum val_every hellaswag_every hellaswag_examples sample_every checkpoint_every"
 )
 LIMITS = dict(
@@ -74,6 +74,8 @@ def check_combinations(settings: dict, ramp_start: int) -> None:
     T, batch = s["T"], s["total_batch_size"]
     if s["min_lr"] > s["max_lr"]:
         raise SettingError(f"min_lr={s['min_lr']}: above max_lr={s['max_lr']}; give both")
+    if s["cooldown"] > 1:
+        raise SettingError(f"cooldown={s['cooldown']}: must be at most 1, all steps after warm-up")
     if s["n_embd"] % s["n_head"]:
         raise SettingError(f"n_head={s['n_head']}: n_embd={s['n_embd']} is not a multiple of it")
     if batch % T:

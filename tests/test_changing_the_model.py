@@ -439,22 +439,22 @@ def test_a_softcap_on_one_path_is_found(tmp_path):
 def test_a_new_setting_must_match_on_resume(tmp_path, capsys, monkeypatch):
     module = load(apply(CHANGES["Another schedule"].diff, tmp_path))
     monkeypatch.setitem(sys.modules, "train_gpt2", module)
-    config = make_config(module, tmp_path / "run", max_steps=2, decay_steps=2)
+    config = make_config(module, tmp_path / "run", max_steps=2, decay_power=2.0)
     assert module.train(config) == 0
-    for decay_steps, code in ((1, 2), (2, 0)):
-        other = dataclasses.replace(config, max_steps=3, decay_steps=decay_steps)
+    for decay_power, code in ((1.0, 2), (2.0, 0)):
+        other = dataclasses.replace(config, max_steps=3, decay_power=decay_power)
         found, _, errors = outcome(other, capsys)
         assert found == code
-        assert not code or "decay_steps=1: " in errors and "decay_steps=2; " in errors
+        assert not code or "decay_power=1.0: " in errors and "decay_power=2.0; " in errors
 
 
-def test_the_schedule_is_constant_before_its_decay(tmp_path):
+def test_the_schedule_falls_by_a_power(tmp_path):
     module = load(apply(CHANGES["Another schedule"].diff, tmp_path))
     settings = dict(schedule="linear", max_lr=1.0, min_lr=0.0, warmup_steps=2, max_steps=10)
-    config = module.Config(**settings, decay_steps=4)
+    config = module.Config(**settings, cooldown=0.5, decay_power=2.0)
     rates = [module.get_lr(step, config) for step in range(11)]
-    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
-    longest = module.Config(**settings, decay_steps=4000)  # the stock schedule
+    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 15 / 16, 0.75, 7 / 16, 0])
+    longest = module.Config(**settings, decay_power=1.0)  # the stock schedule
     before = stock.Config(**settings)
     steps = range(11)
     expected = [stock.get_lr(step, before) for step in steps]
@@ -499,6 +499,6 @@ def test_a_second_validation_set_and_a_figure_are_logged(tmp_path):
 def test_a_new_setting_is_an_option_of_the_command_line(tmp_path, monkeypatch):
     module = load(apply(CHANGES["Another schedule"].diff, tmp_path))
     monkeypatch.setitem(sys.modules, "train_gpt2", module)
-    assert module.parse_config(["--decay_steps=50"]).decay_steps == 50
-    with pytest.raises(SettingError, match="decay_steps"):
-        module.parse_config(["--decay_steps=long"])
+    assert module.parse_config(["--decay_power=2"]).decay_power == 2
+    with pytest.raises(SettingError, match="decay_power"):
+        module.parse_config(["--decay_power=high"])

@@ -8,6 +8,7 @@ from model_helpers import make_model, text_batch
 from torch import nn
 
 import train_gpt2
+from support import muon
 from support.distributed import initialize
 from support.errors import SettingError
 from support.fused_loss import TrainingModel
@@ -74,7 +75,7 @@ def test_new_parameters_of_a_block_are_trained(monkeypatch, small, optimizer):
 
 @pytest.mark.parametrize("change", ["one left out", "one twice"])
 def test_a_parameter_that_is_not_in_exactly_one_group_is_an_error(monkeypatch, change):
-    original = train_gpt2.configure_muon
+    original = muon.configure_muon
 
     def configure_muon(matrices, *arguments):
         if change == "one twice":
@@ -83,7 +84,7 @@ def test_a_parameter_that_is_not_in_exactly_one_group_is_an_error(monkeypatch, c
             return optimizer
         return original(dict(list(matrices.items())[1:]), *arguments)
 
-    monkeypatch.setattr(train_gpt2, "configure_muon", configure_muon)
+    monkeypatch.setattr(muon, "configure_muon", configure_muon)
     with pytest.raises(AssertionError, match="exactly one group"):
         train_gpt2.configure_optimizer(
             make_model(vocab_size=300), train_gpt2.Config(optimizer="muon"), "cpu"
@@ -131,6 +132,19 @@ def test_linear_schedule():
     )
     rates = [train_gpt2.get_lr(step, config) for step in (9, 10, 35, 60, 109, 110, 111)]
     assert rates == pytest.approx([1.0, 1.0, 0.75, 0.5, 0.01, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("cooldown", [0.0, 0.25, 0.4, 1.0])
+def test_cooldown_is_the_share_of_the_steps_in_which_the_rate_falls(schedule, cooldown):
+    """Warm-up, then max_lr, then the schedule of a run that has no other steps than the last."""
+    shape = dict(schedule=schedule, max_lr=1.0, min_lr=0.1)
+    config = train_gpt2.Config(**shape, cooldown=cooldown, warmup_steps=10, max_steps=110)
+    falling = round(100 * cooldown)
+    alone = train_gpt2.Config(**shape, warmup_steps=0, max_steps=falling)
+    expected = [(step + 1) / 10 for step in range(10)] + [1.0] * (100 - falling)
+    expected += [train_gpt2.get_lr(step, alone) for step in range(falling + 1)]
+    assert [train_gpt2.get_lr(step, config) for step in range(111)] == pytest.approx(expected)
 
 
 # -------------------------------------------------------------------------------------------------

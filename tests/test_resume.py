@@ -115,9 +115,9 @@ def test_a_longer_run_continues_a_finished_one(small, capsys):
 
 OTHER = dict(
     seed=1338, shuffle=False, init_from="gpt2", n_layer=3, n_head=4, n_embd=64, T=16,
-    total_batch_size=512, batch_ramp_tokens=10**6, max_lr=2e-3, min_lr=2e-4, warmup_steps=3,
-    weight_decay=0.2, beta1=0.8, beta2=0.9, eps=1e-7, grad_clip=0.5, optimizer="muon",
-    schedule="linear", muon_lr=0.01, muon_momentum=0.9,
+    total_batch_size=512, batch_ramp_tokens=10**6, max_lr=2e-3, min_lr=2e-4, cooldown=0.5,
+    warmup_steps=3, weight_decay=0.2, beta1=0.8, beta2=0.9, eps=1e-7, grad_clip=0.5,
+    optimizer="muon", schedule="linear", muon_lr=0.01, muon_momentum=0.9,
 )  # fmt: skip
 
 
@@ -185,6 +185,20 @@ def test_max_steps_may_grow_and_is_reported(copy, capsys):
     assert "max_steps was 4 and is 6" in out and "continuing from" in out and "step_00004" in out
     assert list(losses(config)) == [0, 1, 2, 3, 4, 5]
     assert json.loads((Path(config.log_dir) / "run.json").read_text())["finished_step"] == 6
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_a_run_whose_decay_has_not_begun_is_extended_to_exactly_the_longer_one(schedule, small):
+    """Steps 2 to 4 of 8 are at max_lr; the rate of a run of 12 steps falls from step 7 on."""
+    shape = dict(schedule=schedule, cooldown=0.5, warmup_steps=2, checkpoint_every=4)
+    short = small(**shape, max_steps=8, log_dir=f"{small().log_dir}_short", keep_checkpoints=9)
+    assert train_gpt2.train(short) == 0
+    shutil.rmtree(Path(short.log_dir) / "step_00008")  # as if it had been stopped after step 4
+    longer = dataclasses.replace(short, max_steps=12)
+    assert train_gpt2.train(longer) == 0
+    at_once = small(**shape, max_steps=12, keep_checkpoints=9)
+    assert train_gpt2.train(at_once) == 0
+    assert_same_end(longer, at_once)
 
 
 FREE = {

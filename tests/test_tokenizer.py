@@ -179,3 +179,16 @@ def test_nothing_is_downloaded(monkeypatch, tmp_path, empty_caches):
     written = {"tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"}
     assert written <= {path.name for path in tmp_path.iterdir()}
     assert not (tmp_path / "empty").exists()
+
+
+def test_bytes_of_tokens_are_those_of_the_text():
+    """For a text in any script; <|endoftext|> stands for none, nor does an ignored target."""
+    text = "naïve 日本語 🙂 \x00\t\n" * 3
+    ids = tokenizer.encode_plain(text).tolist()
+    assert tokenizer.count_bytes(ids) == len(text.encode())
+    assert tokenizer.count_bytes([*ids, 50256, -1]) == len(text.encode())
+    parts = [tokenizer.count_bytes(ids[i : i + 1]) for i in range(len(ids))]  # within characters
+    assert sum(parts) == len(text.encode()) and min(parts) == 1
+    every = range(50256)
+    decode = tokenizer.get_encoding().decode_single_token_bytes
+    assert tokenizer.byte_lengths().tolist() == [len(decode(i)) for i in every] + [0]

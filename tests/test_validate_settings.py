@@ -28,6 +28,7 @@ IMPOSSIBLE = [
     (dict(device="cuda:1 "), "device='cuda:1 '", "auto, cpu, cuda, cuda:N or mps"),
     (dict(beta1=1.0), "beta1=1.0", "below 1"),
     (dict(beta2=1.5), "beta2=1.5", "below 1"),
+    (dict(cooldown=1.5), "cooldown=1.5", "at most 1"),
     (dict(muon_momentum=1.0), "muon_momentum=1.0", "below 1"),
     (dict(optimizer="sgd"), "optimizer='sgd'", "adamw or muon"),
     (dict(schedule="constant"), "schedule='constant'", "cosine or linear"),
@@ -47,8 +48,8 @@ ABOVE_0 = (
     "muon_lr", "timeout_s",
 )  # fmt: skip
 NOT_BELOW_0 = (
-    "seed", "B", "batch_ramp_tokens", "min_lr", "warmup_steps", "weight_decay", "beta1", "beta2",
-    "grad_clip", "muon_momentum", "val_every", "hellaswag_every", "hellaswag_examples",
+    "seed", "B", "batch_ramp_tokens", "min_lr", "cooldown", "warmup_steps", "weight_decay", "beta1",
+    "beta2", "grad_clip", "muon_momentum", "val_every", "hellaswag_every", "hellaswag_examples",
     "sample_every", "checkpoint_every",
 )  # fmt: skip
 IMPOSSIBLE += [({name: 0}, f"{name}=0", "above 0") for name in ABOVE_0]
@@ -95,6 +96,8 @@ def test_every_number_has_a_range():
         dict(n_head=1),
         dict(n_head=768),
         dict(max_steps=5),
+        dict(cooldown=1.0),
+        dict(cooldown=0.2),
         *(dict(dtype=name) for name in ("auto", "float32", "bfloat16", "float16")),
         *(dict(device=name) for name in ("auto", "cpu", "mps", "cuda", "cuda:0", "cuda:11")),
     ],
