@@ -146,10 +146,9 @@ RECIPES = {
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, max_lr=3e-4, min_lr=3e-5),
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, max_lr=2.5e-4, min_lr=2.5e-5),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4, min_lr=2e-5),
-    # GPT-2 124M with Muon in a third of the tokens. A small model needs about half the tokens of a
-    # tuned AdamW (BENCHMARKS.md). muon_lr, momentum, beta2, schedule and warm-up (5 %) are the best
-    # values of that small model; max_lr is that of modded-nanogpt's first run with Muon, whose head
-    # is tied too. Not measured at this size.
+    # GPT-2 124M with Muon in a third of the tokens; not measured at this size. max_lr is that of
+    # modded-nanogpt's first run with Muon, whose head is tied too; muon_lr, momentum, beta2,
+    # schedule and warm-up (5 %) are the best of a small model (BENCHMARKS.md).
     "speedrun": dict(
         optimizer="muon", muon_lr=0.02, muon_momentum=0.9, beta2=0.99, max_lr=3.6e-3, min_lr=3.6e-4,
         warmup_steps=318, max_steps=6358,
@@ -795,7 +794,8 @@ def open_data(config: Config, runtime: Runtime) -> dict[str, shards.TokenStream]
 
 def build_run(config: Config, runtime: Runtime, model: GPT, splits: dict) -> Run:
     """A run at the start of the stream, with a model that is on its device."""
-    training_model = ddp_model = TrainingModel(model, config.compile)
+    compiled = config.compile and runtime.device.type != "mps"  # LayerNorm is wrong there
+    training_model = ddp_model = TrainingModel(model, compiled)
     rows = math.ceil(config.total_batch_size // config.T / runtime.world_size)
     B = autotune.choose_micro_batch(rows, config.B, config.T, training_model, runtime)
     loader_settings = dict(

@@ -87,6 +87,11 @@ def initialize(
     Raises UserError if the device is not available.
     """
     launch = launch or Launch()
+    if launch.local_world_size > 1 and ":" in device:
+        raise SettingError(
+            f"device={device!r}: all processes would share it; each takes a GPU of its own by "
+            "--device=cuda"
+        )
     chosen = devices.choose_device(device, launch.local_rank)
     if chosen.type == "mps" and launch.world_size > 1:
         raise SettingError("device='mps': one process only; start several with --device=cpu")

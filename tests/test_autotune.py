@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import losses
+from model_helpers import make_model
 
 import train_gpt2
 from support import autotune
@@ -169,6 +170,15 @@ def test_without_compile_nothing_is_tried(capsys):
 
 # -------------------------------------------------------------------------------------------------
 # Runs with torch.compile
+
+
+@pytest.mark.parametrize("kind, compiled", [("cpu", True), ("mps", False)])
+def test_nothing_is_compiled_on_mps(kind, compiled, small):
+    """Compiled LayerNorm is wrong there (pytorch#191976). The model stays on the CPU here."""
+    config, runtime = small(compile=True), Runtime(0, 1, torch.device(kind), torch.bfloat16)
+    splits = train_gpt2.open_data(config, runtime)
+    run = train_gpt2.build_run(config, runtime, make_model(vocab_size=300), splits)
+    assert run.training_model.compiled == compiled
 
 
 SLOWER_BACKENDS = ["aot_eager", "inductor"]

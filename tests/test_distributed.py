@@ -7,8 +7,8 @@ import torch.distributed as dist
 from conftest import assert_one_line
 
 from support.distributed import initialize
-from support.errors import run_main
-from support.launch import read_launch
+from support.errors import SettingError, run_main
+from support.launch import Launch, read_launch
 
 
 @pytest.fixture
@@ -41,6 +41,14 @@ def test_a_rank_that_never_comes_is_a_lost_process(rank, free_port, join):
     assert code == 3, error
     words = (f"rank {rank}", "2 processes", f"127.0.0.1:{free_port}", "timeout_s=1")
     assert_one_line(error, words)
+
+
+def test_one_gpu_for_several_processes_is_refused():
+    """Of one machine: on two machines each may name the GPU of its only process."""
+    with pytest.raises(SettingError, match="device='cuda:0': all processes would share it"):
+        initialize("cuda:0", "auto", Launch(1, 2, local_rank=1, local_world_size=2))
+    with pytest.raises(SettingError, match="no CUDA device"):
+        initialize("cuda:0", "auto", Launch(1, 2, local_rank=0, local_world_size=1))
 
 
 def test_a_port_in_use_is_refused(join):
