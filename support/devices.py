@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from support.errors import SettingError, UserError
+from support.launch import print0
 
 # Dense bfloat16 or float16 peaks of the datasheets, in TFLOP/s; the first name that matches counts.
 PEAK_TFLOPS = {
@@ -18,6 +19,7 @@ PEAK_TFLOPS = {
     "RTX 6000 Ada": 364.2,
     "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 4080": 97.5, "RTX 3090": 71, "V100": 125, "T4": 65,
 }  # fmt: skip
+NVIDIA_DEVICE, NVIDIA_DRIVER = Path("/dev/nvidia0"), Path("/proc/driver/nvidia/version")
 
 
 def validate_device_and_dtype(device: str, dtype: str) -> None:
@@ -36,6 +38,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if cuda else "mps" if mps else "cpu"
+        if name == "cpu" and NVIDIA_DEVICE.exists():
+            print0(describe_unused_gpu())
     device = torch.device(name)
     if device.type == "mps" and not mps:
         raise SettingError("device='mps': not available on this machine; --device=cpu always is")
@@ -54,6 +58,17 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     return device
+
+
+def describe_unused_gpu() -> str:
+    """Why this torch may not find the NVIDIA GPU of this machine, and what to do."""
+    driver = re.search(r"\d+\.\d+(\.\d+)?", read_text(NVIDIA_DRIVER))
+    built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only"
+    return (
+        f"{NVIDIA_DEVICE} is there, but torch {torch.__version__}, built for {built_for}, cannot "
+        f"use it (driver {driver[0] if driver else 'unknown'}); using the CPU. Install a torch for "
+        "a CUDA version that the driver has: https://pytorch.org/get-started/locally"
+    )
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -76,10 +91,15 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 @functools.cache
 def cpu_flags() -> set[str]:
     """The words of /proc/cpuinfo, which include the processor's features; empty if not on Linux."""
+    return set(read_text(Path("/proc/cpuinfo")).split())
+
+
+def read_text(path: Path) -> str:
+    """The content of a file; "" if it cannot be read."""
     try:
-        return set(Path("/proc/cpuinfo").read_text().split())
+        return path.read_text()
     except OSError:
-        return set()
+        return ""
 
 
 def matmul_dtype(x: torch.Tensor) -> torch.dtype:
