@@ -183,26 +183,19 @@ class Program:
         mark("optimizer")
         return loss
 
-    def train_step(self) -> dict:
-        """A training step and its loss."""
+    def train(self) -> dict:
+        """A training step: its loss, and the seconds of its parts, each of which is waited for."""
         if self.device.type == "cuda":
             self.step()  # allocates what the last turn has given back
-        start = self.clock()
-        loss = self.step()
-        seconds = self.clock() - start
-        return {"seconds": seconds, "count": self.batch[0].numel(), "loss": loss.item()}
-
-    def train(self) -> dict:
-        """The figures of `train_step`, and the seconds of each part of another step."""
-        figures, parts, last = self.train_step(), {}, self.clock()
+        parts, last = {}, self.clock()
 
         def mark(part: str) -> None:
             nonlocal last
             now = self.clock()
             parts[part], last = now - last, now
 
-        self.step(mark)
-        return figures | {"parts": parts}
+        loss, count = self.step(mark).item(), self.batch[0].numel()
+        return {"seconds": sum(parts.values()), "count": count, "loss": loss, "parts": parts}
 
     @torch.no_grad()
     def hellaswag(self) -> dict:
@@ -535,7 +528,7 @@ def bench_ladder(config: Config, machine: dict) -> dict:
     found, shown, before = {}, {}, None
     for rung, what in RUNGS.items():
         obstacle = find_obstacle(rung, config)
-        results = {} if obstacle else take_turns("train_step", [rung], config)
+        results = {} if obstacle else take_turns("train", [rung], config)
         if rung in results:
             step = find_rates(results, config, machine)[rung]
             step["loss"], step["tokens_per_s"] = results[rung][0]["loss"], step["median"]

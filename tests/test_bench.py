@@ -126,7 +126,7 @@ def test_every_rung_has_the_same_loss(monkeypatch):
                 for parameter in program.model.parameters():
                     shape = [min(n, 50257) if n > 50000 else n for n in parameter.shape]
                     parameter.zero_()[: shape[0]] = torch.randn(shape) * 0.1
-            found[rung] = [program.train_step()["loss"] for _ in range(2)]
+            found[rung] = [program.train()["loss"] for _ in range(2)]
     for rung, values in found.items():
         assert values == pytest.approx(found["float32"], abs=1e-5), rung
     assert found["float32"][0] != found["float32"][1]
