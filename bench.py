@@ -67,9 +67,8 @@ class Config:
     @property
     def shape(self) -> dict:
         """The arguments for the size of the model, which all programs share."""
-        block_size = max(1024, self.T)
         layers = dict(n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd)
-        return dict(block_size=block_size, **layers)
+        return dict(block_size=max(1024, self.T), **layers)
 
 
 def choose_runtime(config: Config) -> Runtime:
@@ -137,6 +136,12 @@ class Program:
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
         return time.perf_counter()
+
+    def time(self, work) -> float:
+        """The seconds that `work()` takes."""
+        start = self.clock()
+        work()
+        return self.clock() - start
 
     def peak_mb(self) -> float:
         """The peak memory of the GPU, or of this process on other devices, in MB."""
@@ -265,20 +270,15 @@ class Ours(Program):
     def hellaswag(self) -> dict:
         examples = find_examples(self.config, 256 if self.device.type == "cpu" else 10042)
         questions = [hellaswag_eval.make_question(example, "completion") for example in examples]
-        start = self.clock()
-        hellaswag_eval.ending_losses(self.model, questions, self.runtime)
-        return {"seconds": self.clock() - start, "count": len(examples)}
+        score = functools.partial(hellaswag_eval.ending_losses, self.model, questions, self.runtime)
+        return {"seconds": self.time(score), "count": len(examples)}
 
     def matmul(self) -> dict:
         """The highest rate of a large product, in FLOP/s."""
-        n, rates = 2048 if self.device.type == "cpu" else 8192, []
+        n = 2048 if self.device.type == "cpu" else 8192
         a, b, c = torch.randn(3, n, n, device=self.device, dtype=self.runtime.dtype)
-        for _ in range(10):
-            start = self.clock()
-            for _ in range(3):
-                torch.mm(a, b, out=c)
-            rates.append(3 * 2 * n**3 / (self.clock() - start))
-        return {"flops": max(rates[1:])}
+        seconds = min(self.time(lambda: torch.mm(a, b, out=c)) for _ in range(30))
+        return {"flops": 2 * n**3 / seconds}
 
     def optimizers(self) -> dict:
         """Seconds of an update by each of our optimizers, without making the gradients."""
@@ -289,10 +289,7 @@ class Ours(Program):
             config = train_gpt2.Config(optimizer=kind)
             optimizer = train_gpt2.configure_optimizer(self.model, config, self.device.type)
             optimizer.step()  # also allocates the moments
-            start = self.clock()
-            for _ in range(3):
-                optimizer.step()
-            seconds[kind] = (self.clock() - start) / 3
+            seconds[kind] = self.time(optimizer.step)
         return seconds
 
 
@@ -404,9 +401,8 @@ def do_turn(name: str, config: Config, part: str) -> dict:
         _programs[name] = PROGRAMS[name](config)
     program = _programs[name]
     figures = getattr(program, part)() | {"peak_mb": program.peak_mb()}
-    program.model.zero_grad(set_to_none=True)  # memory for the other programs of the part
     if program.device.type == "cuda":
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # memory for the other programs of the part
     return figures
 
 
@@ -519,8 +515,8 @@ def bench_train(config: Config, machine: dict) -> dict:
 
 def bench_ladder(config: Config, machine: dict) -> dict:
     """A training step on each rung of the ladder, one after the other."""
-    found, shown, before = {}, {}, None
-    for rung, what in RUNGS.items():
+    found, before = {}, None
+    for rung in RUNGS:
         obstacle = find_obstacle(rung, config)
         results = {} if obstacle else take_turns("train", [rung], config)
         if rung in results:
@@ -530,12 +526,12 @@ def bench_ladder(config: Config, machine: dict) -> dict:
             step["gain"], before = before and step["median"] / before, step["median"]
         else:
             step = {"lacking": obstacle or "failed"}
-            what = f"not here: {step['lacking']}"
-        found[rung], shown[rung] = step, step | {"what": what}
+        found[rung] = step
     columns = {"what": "{what}", "ms a step": "{ms:,.1f}", "tokens/s": "{median:,.0f}"}
     columns |= {"spread": SPREAD, "gain": "{gain:.2f} x", "peak MB": "{peak_mb:,.0f}"}
+    columns |= {"not here": "{lacking}"}
     title = f"The ladder: a step of B={config.B}, T={config.T}, each rung with all before it"
-    print_table(title, columns, shown)
+    print_table(title, columns, {rung: found[rung] | {"what": RUNGS[rung]} for rung in found})
     return found
 
 
