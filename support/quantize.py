@@ -45,13 +45,8 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-class Int8Embedding(nn.Module):
+class Int8Embedding(Int8Linear):
     """`nn.Embedding` with rounded weights: ids (...) -> float32 (..., K)."""
-
-    def __init__(self, weight, scale):
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
 
     def forward(self, idx):
         return self.weight[idx].float() * self.scale[idx].float()[..., None]
@@ -66,11 +61,10 @@ def to_int8(model):
     wte = round_rows(model.transformer.wte.weight)
     head = wte if model.config.tied else round_rows(model.lm_head.weight)
     model.transformer.wte, model.lm_head = Int8Embedding(*wte), Int8Linear(*head)
-    for block in model.transformer.h:
-        for part in (block.attn, block.mlp):
-            for name, layer in list(part.named_children()):
-                if isinstance(layer, nn.Linear):
-                    setattr(part, name, Int8Linear(*round_rows(layer.weight), layer.bias))
+    for module in list(model.transformer.h.modules()):
+        for name, layer in module.named_children():
+            if isinstance(layer, nn.Linear):
+                setattr(module, name, Int8Linear(*round_rows(layer.weight), layer.bias))
     return model
 
 
