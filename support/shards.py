@@ -185,11 +185,8 @@ def open_shard(path: Path, map_file=np.memmap) -> ShardFile:
     try:
         with open(path, "rb") as file:
             if path.suffix == ".npy":
-                version = np.lib.format.read_magic(file)
-                read_header = {
-                    (1, 0): np.lib.format.read_array_header_1_0,
-                    (2, 0): np.lib.format.read_array_header_2_0,
-                }[version]
+                version = "{}_{}".format(*np.lib.format.read_magic(file))
+                read_header = getattr(np.lib.format, f"read_array_header_{version}")
                 shape, _, dtype = read_header(file)
             else:
                 header = np.fromfile(file, dtype="<i4", count=256)
@@ -270,16 +267,15 @@ def validate_entries(shards: list[dict]) -> None:
         raise ValueError("a shard is listed twice")
 
 
-def is_intact(path: Path, shard: dict) -> bool:
-    """Whether a file has the size and the SHA-256 of a shard's entry in the manifest."""
-    size = path.stat().st_size if path.is_file() else -1
-    return size == shard["bytes"] and sha256(path) == shard["sha256"]
-
-
 def find_intact(directory: Path, shards: list[dict]) -> list[bool]:
-    """Whether the file of each entry of a manifest is intact."""
+    """Whether the file of each entry of a manifest has the SHA-256 in it."""
+
+    def is_intact(shard: dict) -> bool:
+        path = directory / shard["file"]
+        return path.is_file() and sha256(path) == shard["sha256"]
+
     with ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter lock
-        return list(pool.map(lambda shard: is_intact(directory / shard["file"], shard), shards))
+        return list(pool.map(is_intact, shards))
 
 
 def verify_shards(data: str, rank: int, world_size: int, sum_over_ranks) -> None:
@@ -293,11 +289,9 @@ def verify_shards(data: str, rank: int, world_size: int, sum_over_ranks) -> None
     if manifest is None:
         return
     shards = manifest["shards"]
-    altered = [0.0] * len(shards)
-    mine = range(rank, len(shards), world_size)
-    for i, intact in zip(mine, find_intact(path, [shards[i] for i in mine])):
-        altered[i] = float(not intact)
-    for shard, count in zip(shards, sum_over_ranks(altered)):
+    altered = np.zeros(len(shards))
+    altered[rank::world_size] = np.logical_not(find_intact(path, shards[rank::world_size]))
+    for shard, count in zip(shards, sum_over_ranks(altered.tolist())):
         if count:
             raise SettingError(f"{path / shard['file']}: altered (SHA-256); {REBUILD}")
     print0(f"{data}: verified {len(shards)} shards ({time.perf_counter() - start:.1f} s)")
