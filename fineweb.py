@@ -151,14 +151,6 @@ def read_pieces(files, count: int, position: Position, config: Config):
 # Workers: the tokens of a piece
 
 
-def validate_shared_memory() -> None:
-    """Raises UserError if there is no room for the locks that processes share."""
-    try:
-        _ = [multiprocessing.Lock() for _ in range(32)]  # more than the program uses at a time
-    except OSError as error:
-        raise UserError(f"/dev/shm: {error.strerror}; make room and write access there") from None
-
-
 def start_workers(pool, count: int) -> None:
     """Starts the processes, which inherit that SIGINT is ignored: ^C is for the main process."""
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -250,12 +242,15 @@ def print_estimate(shards: ShardDirectory) -> float:
 def write_shards(config: Config, launch: Launch, shards: ShardDirectory, files) -> None:
     """Writes the shards of this rank from the current position to the end of the sources."""
     tokenizer.get_encoder(config.engine)  # raises once what each worker would raise
+    context, workers = multiprocessing.get_context(START_METHOD), count_workers(config, launch)
+    try:
+        pool = ProcessPoolExecutor(workers, context, initialize_worker, (config.engine,))
+    except OSError as error:  # its locks lie there
+        raise UserError(f"/dev/shm: {error.strerror}; make room and write access there") from None
     progress = tqdm(
         total=int(print_estimate(shards)), initial=shards.tokens, unit=" tokens", unit_scale=True,
         mininterval=0.5 if sys.stderr.isatty() else 30, disable=launch.rank > 0,
     )  # fmt: skip
-    context, workers = multiprocessing.get_context(START_METHOD), count_workers(config, launch)
-    pool = ProcessPoolExecutor(workers, context, initialize_worker, (config.engine,))
     try:
         start_workers(pool, workers)
         pieces = read_pieces(files, len(shards.manifest["sources"]), shards.position, config)
@@ -299,7 +294,6 @@ def build(config: Config, launch: Launch) -> None:
         from filelock import FileLock, Timeout
 
         local = find_sources(config)
-        validate_shared_memory()
         out.mkdir(parents=True, exist_ok=True)
         with FileLock(out / f".lock_{launch.rank:05d}", timeout=10):
             result = write_directory(config, launch, local)
