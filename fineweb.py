@@ -27,7 +27,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -315,27 +314,23 @@ def build(config: Config, launch: Launch) -> None:
 
 def write_directory(config: Config, launch: Launch, local: list[Path] | None) -> str:
     """Writes the shards of this rank, from local files or else the Hub. Returns the last line."""
-    start = time.monotonic()
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in MAY_CHANGE}
     settings["source"] = config.source if local is None else ""
     shards = ShardDirectory(Path(config.out), settings, launch.rank, launch.world_size)
     files = open_sources(config, launch, local, shards)
     shards.verify()
-    before, finished = shards.tokens, "totals" in shards.manifest
+    finished = "totals" in shards.manifest
     if not finished:
         write_shards(config, launch, shards, files)
     shutil.rmtree(shards.downloads, ignore_errors=True)
-    totals, seconds = shards.manifest["totals"], time.monotonic() - start
-    result = (
+    totals = shards.manifest["totals"]
+    waiting = "" if shards.merge() else "; the last rank to finish writes manifest.json"
+    return (
         f"{config.out}: {'finished already' if finished else 'done'}: "
         f"{len(shards.manifest['shards'])} shards, {shards.tokens:,} tokens "
         f"({totals['val_tokens']:,} of them val), {totals['documents']:,} documents, "
-        f"{totals['nulls']:,} nulls left out, {totals['replaced']:,} texts with U+FFFD"
+        f"{totals['nulls']:,} nulls left out, {totals['replaced']:,} texts with U+FFFD{waiting}"
     )
-    if not finished:
-        speed = (shards.tokens - before) / seconds / 1e6
-        result += f"; {seconds:,.0f} s, {speed:.2f} M tokens/s"
-    return result + "; the last rank to finish writes manifest.json" * (not shards.merge())
 
 
 def main() -> int:
