@@ -306,16 +306,13 @@ def read_parquet(path: str, column: str, group: int, first: int, stop: int) -> l
         parquet = _cached_parquet(path, column)
         for batch in parquet.iter_batches(1024, [group], [column], use_threads=False):
             rows = batch.column(0)[max(0, first - row) : max(0, stop - row)]
-            try:
-                texts += rows.to_pylist()
-            except UnicodeDecodeError:
-                texts += rows.cast(pa.binary()).to_pylist()
+            texts += rows.cast(pa.large_binary()).to_pylist()
             row += len(batch)
             if row >= stop:
                 break
     except (pa.ArrowException, OSError) as error:
         raise _read_error(path, error) from None
-    return [t.decode(errors="replace") if isinstance(t, bytes) else t for t in texts]
+    return [text if text is None else text.decode(errors="replace") for text in texts]
 
 
 def read_jsonl(path: str, column: str, start: int, data: bytes) -> list[str | None]:
