@@ -15,7 +15,6 @@ import sys
 
 from support import hellaswag_eval, huggingface, quantize
 from support.cli import Parser
-from support.devices import validate_device_and_dtype
 from support.distributed import initialize, naming_lost_ranks
 from support.errors import SettingError, run_main
 
@@ -38,7 +37,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--data", help="a .jsonl of examples [hellaswag/hellaswag_val.jsonl, else downloaded]")
     add("--out", help="a .jsonl to write, one line for each example and style")
     options = parser.parse_args(arguments)
-    validate_device_and_dtype(options.device, options.dtype)
     if options.limit < 0:
         raise SettingError(f"limit={options.limit}: must be at least 0 examples")
     return options

@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 
 from support import cli, generation, huggingface, quantize, text_encoding, tokenizer
-from support.devices import validate_device_and_dtype
 from support.distributed import Runtime, initialize
 from support.errors import SettingError, UserError, run_main
 from train_gpt2 import GPT
@@ -63,7 +62,6 @@ RANGES = dict(
 
 def validate(config: Config) -> None:
     """Raises SettingError if a setting is out of range."""
-    validate_device_and_dtype(config.device, config.dtype)
     for name, (least, most) in RANGES.items():
         if not least <= getattr(config, name) <= most:
             raise SettingError(f"{name}={getattr(config, name)}: must be from {least} to {most}")
@@ -184,9 +182,9 @@ def write_batch(model, name, prompt, rows: range, config: Config, runtime: Runti
 def main() -> int:
     config = cli.parse(Config, {}, sys.argv[1:], "Text from GPT-2 models.")
     validate(config)
+    runtime = initialize(config.device, config.dtype)
     prompt = encode_prompt(config.prompt)
     found = find_models(config, prompt)
-    runtime = initialize(config.device, config.dtype)
     size = 1 if config.stream else BATCH
     for name, directory in found:
         model = GPT.from_pretrained(directory)

@@ -84,8 +84,9 @@ def initialize(
 
     launch: default: one process
     timeout_s: seconds after which a rank that waits for another one gives up
-    Raises UserError if the device is not available.
+    Raises UserError if the device is not available, or if a setting has no valid form.
     """
+    devices.validate_device_and_dtype(device, dtype)
     launch = launch or Launch()
     if launch.local_world_size > 1 and ":" in device:
         raise SettingError(
