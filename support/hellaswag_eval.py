@@ -56,7 +56,7 @@ def find_file(split: str = "val", data: str | None = None) -> Path:
     if data is None:
         path = FOLDER / f"hellaswag_{split}.jsonl"
         if not _is_complete(path, split):
-            _download_once(path, split)
+            _download(path, split)
         return path
     if not os.path.isfile(data):  # Path raises for a name that is too long
         raise UserError(f"data={data!r}: no such file; python hellaswag.py downloads one")
@@ -68,43 +68,35 @@ def _is_complete(path: Path, split: str) -> bool:
     return path.is_file() and path.read_bytes().count(b"\n") == EXAMPLES[split]
 
 
-def _download_once(path: Path, split: str) -> None:
+def _download(path: Path, split: str) -> None:
     """Downloads a split, in one process of this machine while the others wait for it."""
+    import urllib.request
+    from http.client import HTTPException  # an answer that is incomplete or not HTTP
+
     from filelock import FileLock, Timeout
 
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    url, lock = URL.format(split), FileLock(path.with_name(f".{path.name}.lock"))
     try:
         path.parent.mkdir(exist_ok=True)
         with lock.acquire(blocking=False):
-            if not _is_complete(path, split):
-                _download(path, split)
+            if _is_complete(path, split):
+                return
+            print0(f"downloading {url}")
+            with urllib.request.urlopen(url, timeout=30) as response:
+                content = response.read()
+            if (lines := content.count(b"\n")) != EXAMPLES[split]:
+                raise ValueError(f"{lines:,} lines instead of {EXAMPLES[split]:,}")
+            with replacing(path) as partial:
+                partial.write_bytes(content)
     except Timeout:  # another process downloads it; if that fails, this one would fail too
         with lock:
             if not _is_complete(path, split):
                 raise UserError(f"{path}: another process could not download it") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; {REMEDY}") from None
-
-
-def _download(path: Path, split: str) -> None:
-    """Downloads a split and writes it if it is complete."""
-    import urllib.request
-    from http.client import HTTPException  # an answer that is incomplete or not HTTP
-
-    url, expected = URL.format(split), EXAMPLES[split]
-    print0(f"downloading {url}")
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response:
-            content = response.read()
-        if (lines := content.count(b"\n")) != expected:
-            raise ValueError(f"{lines:,} lines instead of {expected:,}")
     except (OSError, HTTPException, ValueError) as error:
         raise UserError(
-            f"{path}: missing or incomplete, and {url} does not answer with the complete file "
-            f"({error}); {REMEDY}"
+            f"{path}: missing or incomplete, and {url} does not answer with the complete file, or "
+            f"it cannot be written ({error}); {REMEDY}"
         ) from None
-    with replacing(path) as partial:
-        partial.write_bytes(content)
 
 
 def read_examples(path: Path, limit: int = 0) -> list[dict]:
