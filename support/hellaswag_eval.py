@@ -12,6 +12,7 @@ token (completion) or per character (harness).
 Source: Zellers et al. 2019 (the dataset); build-nanogpt's hellaswag.py, whose names are kept.
 """
 
+import itertools
 import json
 import math
 import os
@@ -101,35 +102,32 @@ def _download(path: Path, split: str) -> None:
 
 def read_examples(path: Path, limit: int = 0) -> list[dict]:
     """The examples of a file, or its first `limit`. Raises UserError if one is not valid."""
-    examples, number = [], 0
     try:
         with open(path, "rb") as file:
-            for line in file:
-                number += 1
-                if line.strip():
-                    examples.append(_parse_example(line))
-                if len(examples) == limit > 0:
-                    break
+            lines = ((n, line) for n, line in enumerate(file, start=1) if line.strip())
+            first = itertools.islice(lines, limit or None)
+            examples = [_parse_example(path, number, line) for number, line in first]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; cannot be read") from None
-    except LINE_ERRORS as error:
-        reason = f"{type(error).__name__}: {str(error)[:80]}"
-        raise UserError(f"{path}: line {number:,} is not a HellaSwag example ({reason})") from None
     if not examples:
         raise UserError(f"{path}: no examples in it")
     return examples
 
 
-def _parse_example(line: bytes) -> dict:
-    """The example of a line, its label an int."""
-    example = json.loads(line)
-    endings, label = example["endings"], int(example["label"])
-    texts = [example["activity_label"], example["ctx"], *endings]
-    texts += [example[name] for name in ("ctx_a", "ctx_b") if name in example]
-    if not isinstance(endings, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError("activity_label, ctx and endings must be text")
-    if len(endings) != 4 or not 0 <= label < 4:
-        raise ValueError("there must be four endings, and label the index of one of them")
+def _parse_example(path: Path, number: int, line: bytes) -> dict:
+    """The example in line `number` of a file, its label an int. Raises UserError if it has none."""
+    try:
+        example = json.loads(line)
+        endings, label = example["endings"], int(example["label"])
+        texts = [example["activity_label"], example["ctx"], *endings]
+        texts += [example[name] for name in ("ctx_a", "ctx_b") if name in example]
+        if not isinstance(endings, list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError("activity_label, ctx and endings must be text")
+        if len(endings) != 4 or not 0 <= label < 4:
+            raise ValueError("there must be four endings, and label the index of one of them")
+    except LINE_ERRORS as error:
+        reason = f"{type(error).__name__}: {str(error)[:80]}"
+        raise UserError(f"{path}: line {number:,} is not a HellaSwag example ({reason})") from None
     return example | {"label": label}
 
 
