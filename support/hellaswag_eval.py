@@ -236,58 +236,50 @@ def render_example(example: dict):
 # long for the model, the context loses its first tokens.
 
 
-class Row(NamedTuple):
-    """A context with one or more endings after it."""
+def make_row(context: list[int], endings: list[list[int]], first: int) -> np.ndarray:
+    """Token, position, segment and target of each token that the model reads: int32 (T, 4).
 
-    context: list[int]
-    endings: list[list[int]]
-    first: int  # index of the first of these endings among those of all questions
-
-    @property
-    def length(self) -> int:
-        """Tokens that the model reads."""
-        return len(self.context) - 1 + sum(map(len, self.endings))
-
-    def columns(self) -> list[tuple[int, int, int, int]]:
-        """(token, position, segment, target) of each token; segments are 1 + index of an ending."""
-        *before, last = self.context
-        n = len(before)
-        columns = [(token, i, 0, IGNORE_INDEX) for i, token in enumerate(before)]
-        for segment, ending in enumerate(self.endings, self.first + 1):
-            tokens, positions = [last, *ending[:-1]], range(n, n + len(ending))
-            columns += zip(tokens, positions, [segment] * len(ending), ending)
-        return columns
+    first: index of the first of these endings among those of all questions; a segment is 1 + that
+        of its ending
+    """
+    *before, last = context
+    n = len(before)
+    row = [(token, i, 0, IGNORE_INDEX) for i, token in enumerate(before)]
+    for segment, ending in enumerate(endings, first + 1):
+        tokens, positions = [last, *ending[:-1]], range(n, n + len(ending))
+        row += zip(tokens, positions, [segment] * len(ending), ending)
+    return np.array(row, dtype=np.int32)
 
 
 def make_rows(questions: list[Question], block_size: int):
     """Yields the rows of all questions: one each, or one per ending if that is too long."""
     for i, (context, endings, *_) in enumerate(questions):
         if len(context) + max(map(len, endings)) <= block_size + 1:
-            yield Row(context, endings, 4 * i)
+            yield make_row(context, endings, 4 * i)
             continue
         for j, ending in enumerate(endings):
             seen = (context + ending)[-(block_size + 1) :]
             scored = min(len(ending), len(seen) - 1)
-            yield Row(seen[:-scored], [seen[-scored:]], 4 * i + j)
+            yield make_row(seen[:-scored], [seen[-scored:]], 4 * i + j)
 
 
-def group_rows(rows, batch_tokens: int) -> list[tuple[list[Row], int]]:
+def group_rows(rows, batch_tokens: int) -> list[tuple[list[np.ndarray], int]]:
     """(rows of similar length, the length they are padded to) of at most `batch_tokens` each."""
-    rows, groups = sorted(rows, key=lambda row: row.length, reverse=True), []
+    rows, groups = sorted(rows, key=len, reverse=True), []
     while rows:
-        T = math.ceil(rows[0].length / LENGTH_STEP) * LENGTH_STEP
+        T = math.ceil(len(rows[0]) / LENGTH_STEP) * LENGTH_STEP
         count = max(1, batch_tokens // T)
         groups.append((rows[:count], T))
         rows = rows[count:]
     return groups
 
 
-def make_batch(rows: list[Row], T: int) -> tuple[torch.Tensor, torch.Tensor]:
+def make_batch(rows: list[np.ndarray], T: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens, positions, segments and targets of some rows, int64 (4, B, T); and the indices in
     (B * T) of the tokens that have a target, int64 (N,). The segment of padding is -1."""
     batch = np.full((len(rows), T, 4), (0, 0, -1, IGNORE_INDEX))
     for padded, row in zip(batch, rows):
-        padded[: row.length] = row.columns()
+        padded[: len(row)] = row
     batch = torch.from_numpy(batch.transpose(2, 0, 1).copy())
     return batch, (batch[3].flatten() != IGNORE_INDEX).nonzero()[:, 0]
 

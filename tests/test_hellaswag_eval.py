@@ -210,7 +210,7 @@ def test_an_ending_does_not_see_the_others():
 def test_padding_changes_nothing():
     model, questions = make_model(), make_questions(EXAMPLES)
     rows = list(hellaswag_eval.make_rows(questions, 24))[:20]
-    T = max(row.length for row in rows)
+    T = max(map(len, rows))
     batch, scored = hellaswag_eval.make_batch(rows, T)
     losses = hellaswag_eval.token_losses(model, batch, scored)
     longer = hellaswag_eval.token_losses(model, *hellaswag_eval.make_batch(rows, T + 21))
@@ -235,7 +235,7 @@ def seen_by_each(model, idx, position, mask):
 def test_a_token_sees_its_context_and_its_own_ending_only():
     """By the gradient, through three layers, in the very mask that scoring makes."""
     model, masks = make_model("long window"), []
-    row = hellaswag_eval.Row([5, 6, 7], [[8, 9, 10], [11], [12, 13], [14, 15, 16, 17]], 4)
+    row = hellaswag_eval.make_row([5, 6, 7], [[8, 9, 10], [11], [12, 13], [14, 15, 16, 17]], 4)
     batch, scored = hellaswag_eval.make_batch([row], 15)
     original = model.hidden
     model.hidden = lambda idx, position, mask: masks.append(mask) or original(idx, position, mask)
