@@ -180,17 +180,13 @@ def validate_vocabulary(directory: Path) -> None:
 @functools.cache
 def _vocabulary_files() -> dict[str, str]:
     """The texts of `tokenizer.json`, `vocab.json` and `merges.txt`."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import AddedToken, ByteLevelBPETokenizer
 
     ranks, vocab = load_ranks(), load_vocabulary()
     spell = dict(zip(ranks, vocab))
     merges = [_split_into_merge(token, ranks) for token in ranks if len(token) > 1]
     merges = [(spell[a], spell[b]) for a, b in merges]
-
-    fast = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
-    fast.post_processor = processors.ByteLevel(trim_offsets=False)
+    fast = ByteLevelBPETokenizer(vocab, merges)
     fast.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False, special=True)])
     return {
         "tokenizer.json": fast.to_str(),
