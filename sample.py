@@ -86,19 +86,13 @@ def encode_prompt(prompt: str) -> list[int]:
 
 def read_prompt(prompt: str) -> str:
     """The text that `prompt` gives. The line break that ends a file is not part of it."""
-    if prompt == "-":
-        data = sys.stdin.buffer.read()
-    elif prompt.startswith("FILE:"):
-        name = prompt.removeprefix("FILE:")
-        try:
-            data = Path(name).read_bytes()
-        except OSError as error:
-            raise UserError(f"prompt={prompt!r}: {name}: {error.strerror}") from None
-    else:
+    if prompt != "-" and not prompt.startswith("FILE:"):
         return tokenizer.valid_text(prompt)
     try:
+        name = prompt.removeprefix("FILE:")
+        data = sys.stdin.buffer.read() if prompt == "-" else Path(name).read_bytes()
         data = data[text_encoding.find_start(data) :]
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"prompt={prompt!r}: {error}") from None
     return data.decode("utf-8", "replace").removesuffix("\n").removesuffix("\r")
 
