@@ -236,10 +236,9 @@ def load_manifest(directory: Path) -> dict | None:
     sizes = {shard["file"]: shard["bytes"] for shard in manifest["shards"]}
     for name, size in sizes.items():
         file = directory / name
-        if not file.is_file():
-            raise SettingError(f"{file}: listed in {MANIFEST}, but missing; {REBUILD}")
-        if (found := file.stat().st_size) != size:
-            raise SettingError(f"{file}: {found:,} bytes, but {size:,} in {MANIFEST}; {REBUILD}")
+        found = f"{file.stat().st_size:,} bytes" if file.is_file() else "missing"
+        if found != f"{size:,} bytes":
+            raise SettingError(f"{file}: {found}, but {size:,} bytes in {MANIFEST}; {REBUILD}")
     for file in sorted(directory.iterdir()):
         if is_shard(file) and file.name not in sizes:
             raise SettingError(f"{file}: not listed in {MANIFEST}; move it elsewhere")
