@@ -42,7 +42,12 @@ def lines_of(node) -> int:
 # Sizes
 
 
-@pytest.mark.parametrize("name", MAX_LINES)
+EDITED = "train_gpt2.py"  # by users, whose model may be longer than GPT-2
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(EDITED, marks=pytest.mark.gpt2), *(n for n in MAX_LINES if n != EDITED)]
+)
 def test_a_file_is_not_too_long(name):
     most, remedy = MAX_LINES[name]
     found = len((ROOT / name).read_text(encoding="utf-8").splitlines())
@@ -56,6 +61,7 @@ def test_functions_of_the_trainer_fit_a_screen():
     assert not long, f"train_gpt2.py: functions of more than 45 lines: {long}; split each of them"
 
 
+@pytest.mark.gpt2
 def test_the_model_is_short_and_comes_early():
     classes = {n.name: n for n in ast.parse(TRAINER).body if isinstance(n, ast.ClassDef)}
     names = ["CausalSelfAttention", "MLP", "Block", "GPT"]
