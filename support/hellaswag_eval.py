@@ -28,7 +28,7 @@ from support import tokenizer
 from support.distributed import Runtime
 from support.errors import UserError
 from support.files import replacing
-from support.fused_loss import IGNORE_INDEX
+from support.fused_loss import CHUNK_ROWS, IGNORE_INDEX, cut
 from support.launch import print0
 from support.shards import find_data
 
@@ -41,7 +41,6 @@ REMEDY = "put the file there, or name another one with --data (in training --hel
 LINE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 # Tokens in one forward pass. On a CPU its working set should fit the caches.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768, "mps": 16384}
-LOSS_CHUNK = {"cpu": 256, "cuda": 4096, "mps": 2048}  # positions whose logits exist at a time
 LENGTH_STEP = 8  # rows are padded to a multiple of it, to limit the number of shapes
 
 # -------------------------------------------------------------------------------------------------
@@ -368,6 +367,6 @@ def token_losses(model, batch, scored) -> torch.Tensor:
     same = segments[:, None, :] == segments[:, :, None]  # (B, T, T): query, key
     mask = causal & (same | (segments == 0)[:, None, :])
     x = model.hidden(tokens, positions, mask[:, None]).flatten(0, 1)[scored]  # (N, C)
-    size = LOSS_CHUNK[tokens.device.type]
-    chunks = zip(x.split(size), targets.flatten()[scored].split(size))
-    return torch.cat([model.token_losses(model.logits(x), y) for x, y in chunks])
+    most = CHUNK_ROWS[x.device.type] // 2  # as in training in eager mode
+    chunks = zip(*cut(x, targets.flatten()[scored], most))
+    return torch.cat([model.token_losses(model.logits(x), y) for x, y in chunks])[: len(scored)]

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import ROOT, command_line, environment
 
-from support import hellaswag_eval
+from support import fused_loss, hellaswag_eval
 from support.distributed import Runtime
 from train_gpt2 import GPT, GPTConfig
 
@@ -127,7 +127,7 @@ def make_questions(examples: list[dict], style: str = "completion"):
 def set_batches(monkeypatch, batch_tokens: int, loss_chunk: int, length_step: int) -> None:
     """Sets the sizes of the batches."""
     monkeypatch.setitem(hellaswag_eval.BATCH_TOKENS, "cpu", batch_tokens)
-    monkeypatch.setitem(hellaswag_eval.LOSS_CHUNK, "cpu", loss_chunk)
+    monkeypatch.setitem(fused_loss.CHUNK_ROWS, "cpu", loss_chunk)
     monkeypatch.setattr(hellaswag_eval, "LENGTH_STEP", length_step)
 
 
