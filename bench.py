@@ -617,9 +617,7 @@ def main() -> int:
     print(f"{machine['device']}; {versions}; {machine['date']}")
     print(f"{machine['command']}", flush=True)
     run = {"ladder": bench_ladder} if config.ladder else {part: PARTS[part] for part in parts}
-    found = {"facts": machine}
-    for part, bench in run.items():
-        found[part] = bench(config, machine)
+    found = {"facts": machine} | {part: bench(config, machine) for part, bench in run.items()}
     if config.json:
         Path(config.json).write_text(json.dumps(found, indent=2), encoding="utf-8")
     return 0

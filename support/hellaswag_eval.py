@@ -37,8 +37,6 @@ FOLDER = Path(__file__).resolve().parent.parent / "hellaswag"
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{}.jsonl"
 EXAMPLES = {"train": 39905, "val": 10042}
 REMEDY = "put the file there, or name another one with --data (in training --hellaswag_data)"
-# What reading a line raises that holds no example.
-LINE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 # Tokens in one forward pass. On a CPU its working set should fit the caches.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768, "mps": 16384}
 LENGTH_STEP = 8  # rows are padded to a multiple of it, to limit the number of shapes
@@ -124,7 +122,7 @@ def _parse_example(path: Path, number: int, line: bytes) -> dict:
             raise ValueError("activity_label, ctx and endings must be text")
         if len(endings) != 4 or not 0 <= label < 4:
             raise ValueError("there must be four endings, and label the index of one of them")
-    except LINE_ERRORS as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         reason = f"{type(error).__name__}: {str(error)[:80]}"
         raise UserError(f"{path}: line {number:,} is not a HellaSwag example ({reason})") from None
     return example | {"label": label}
