@@ -15,7 +15,7 @@ import sys
 
 from support import hellaswag_eval, huggingface, quantize
 from support.cli import Parser
-from support.distributed import initialize, naming_lost_ranks
+from support.distributed import initialize, leave_group, naming_lost_ranks
 from support.errors import SettingError, run_main
 
 # The last two are for programs that import them as in build-nanogpt.
@@ -89,6 +89,7 @@ def main() -> int:
         if writes:
             write_out(options.out, format_results(style, examples, questions, losses))
         print0(f"{style}: {hellaswag_eval.score(losses, questions)}")
+    leave_group()
     return 0
 
 

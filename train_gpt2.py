@@ -29,7 +29,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -49,7 +48,7 @@ from support import (
     validate_settings,
 )  # fmt: skip
 from support.cpu_attention import causal_attention
-from support.distributed import Runtime, initialize, naming_lost_ranks, without_sync
+from support.distributed import Runtime, initialize, leave_group, naming_lost_ranks, without_sync
 from support.errors import SettingError, UserError, run_main
 from support.fused_loss import IGNORE_INDEX, TrainingModel
 from support.generation import causal_mask, generate_texts, stream
@@ -990,8 +989,7 @@ def parse_config(arguments: list[str]) -> Config:
 def main() -> int:
     with autotune.naming_lack_of_memory():
         code = train(parse_config(sys.argv[1:]), process_ends=True)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_group()
     return code
 
 

@@ -150,6 +150,12 @@ def join_process_group(rank: int, world_size: int, device, timeout_s: float) -> 
     _monitor = dist.new_group(backend="gloo", timeout=group_timeout), timedelta(seconds=answer_s)
 
 
+def leave_group() -> None:
+    """Leaves the process group, if there is one; its threads may abort a process that just ends."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def create_store(rank: int, world_size: int, timeout: timedelta):
     """The store of this start of the run, without keys of earlier processes.
 
