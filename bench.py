@@ -145,13 +145,7 @@ class Program:
 
     def peak_mb(self) -> float:
         """The peak memory of the GPU, or of this process on other devices, in MB."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 1e6
-        try:
-            import resource
-        except ImportError:  # Windows
-            return math.nan
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        return (devices.peak_memory_mib(self.device) or math.nan) * 2**20 / 1e6
 
     @functools.cached_property
     def batch(self):
