@@ -61,6 +61,7 @@ COLUMNS = {"tokens": (1e6, "tokens (millions)"), "seconds": (60, "training time 
 MAY_DIFFER = {
     "seed", "log_dir", "check_data", "B", "device", "compile", "timeout_s", "val_every", "curves",
     "hellaswag_every", "sample_every", "checkpoint_every", "keep_checkpoints", "tracker",
+    "after_checkpoint", "eval_only",
 }  # fmt: skip
 
 # Each run has a colour, and another line style if the colours are used up: Okabe and Ito's palette

@@ -494,9 +494,8 @@ class DataLoaderLite:
 
 
 # -------------------------------------------------------------------------------------------------
-# Validation, HellaSwag and samples: the same result for any number of ranks
-#
-# `check_signals` is called before each batch, on all ranks; it may raise Stopped.
+# Validation, HellaSwag and samples: the same result for any number of ranks. `check_signals` is
+# called before each batch, on all ranks; it may raise Stopped.
 
 
 def validation_loss(
@@ -725,19 +724,18 @@ def build_model(config: Config, state: dict, directory: Path | None) -> GPT:
                 model.get_parameter(name)[model.config.vocab_size :] = rows
         return model
     if config.init_from != "scratch":
-        return load_model(config, "init_from", same_function=False)
+        return load_model(config, same_function=False)
     torch.manual_seed(config.seed)
     shape = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)
     return GPT(GPTConfig(block_size=config.T, **shape))
 
 
-def load_model(config: Config, name: str, **options) -> GPT:
-    """The model of the setting `name`. Raises SettingError if it cannot be loaded."""
-    source = getattr(config, name)
+def load_model(config: Config, **options) -> GPT:
+    """The model of `init_from`. Raises SettingError if it cannot be loaded."""
     try:
-        return GPT.from_pretrained(source, block_size=config.T, **options)
+        return GPT.from_pretrained(config.init_from, block_size=config.T, **options)
     except UserError as error:
-        raise SettingError(f"{name}={source!r}: {error}") from None
+        raise SettingError(f"init_from={config.init_from!r}: {error}") from None
 
 
 def open_run(config: Config, runtime: Runtime) -> Run | None:
@@ -894,10 +892,13 @@ def evaluate(config: Config, runtime: Runtime) -> int:
 
     The model is that of `init_from` or, if that is "scratch", the newest one in `log_dir`.
     """
-    name = "log_dir" if config.init_from == "scratch" else "init_from"
-    model = load_model(config, name).to(runtime.device)
-    directory = model_files.find_directory(getattr(config, name))
+    source = config.init_from
+    if source == "scratch":
+        source = runtime.all_gather(checkpoint.require_newest(Path(config.log_dir)))[0]
+    directory = model_files.find_directory(str(source))
     print0(f"evaluating {directory}")
+    config = dataclasses.replace(config, init_from=str(directory))
+    model = load_model(config).to(runtime.device)
     run = build_run(config, runtime, model, open_data(config, runtime))
     run.step = checkpoint.step_of(directory)
     autotune.compile_or_fall_back(run.training_model, None, run.loader.B, config.T, runtime)

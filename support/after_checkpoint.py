@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import os
 import signal
 import subprocess
@@ -11,13 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from support.checkpoint import step_directory
+from support.errors import SettingError
 from support.launch import SLURM, TASKS, TORCHRUN, print0
 from support.stop_signals import Stopped, StopSignals
 
 # Programs that the command starts are no ranks of this run.
 LAUNCHER = {*TORCHRUN, *SLURM, *TASKS, "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"}
-POLL_S = 0.2  # between two looks at the command, when the run has ended
+POLL_S = 0.2  # between two checks of the command, when the run has ended
 GRACE_S = 5  # from SIGTERM to SIGKILL; torchrun and Slurm kill the run itself after 30
+ERROR = "the run ends with an error; "
 
 
 class AfterCheckpoint:
@@ -39,7 +40,7 @@ class AfterCheckpoint:
 
         at_end: not before the end of the run, so that a copy contains the results
         """
-        self.newest, self.held = (self.newest, step) if at_end else (step, None)
+        self.newest, self.held = step, step if at_end else None
         if self.command and not at_end:
             self.last_call = self.pool.submit(self._run, step)
 
@@ -48,16 +49,18 @@ class AfterCheckpoint:
         """A context for the run: its end waits for the command, on all ranks, or for a signal."""
         try:
             yield
-        except Exception:  # perhaps another rank is lost: this one waits alone
-            signals.runtime = dataclasses.replace(signals.runtime, world_size=1)
-            self._wait(signals, "the run ends with an error; ")
+        except SettingError:  # on all ranks
+            self._wait(signals, ERROR)
+            raise
+        except Exception:  # perhaps another rank is lost, and the device too: this one waits alone
+            self._wait(signals, ERROR, alone=True)
             raise
         else:
             self._wait(signals)
         finally:
             self._stop()
 
-    def _wait(self, signals: StopSignals, reason: str = "") -> None:
+    def _wait(self, signals: StopSignals, reason: str = "", alone: bool = False) -> None:
         """Returns on all ranks when the command has ended, or one of them has received a signal."""
         if not self.command:
             return
@@ -66,8 +69,10 @@ class AfterCheckpoint:
         signals.forget()
         if self._is_running(POLL_S):
             print0(f"{reason}waiting for after_checkpoint (a signal, e.g. ^C, ends it)")
+        while alone and self._is_running(POLL_S) and signals.received is None:
+            pass
         with contextlib.suppress(Stopped):
-            while signals.runtime.sum_float(self._is_running(POLL_S)):
+            while not alone and signals.runtime.sum_float(self._is_running(POLL_S)):
                 signals.check()
 
     def _is_running(self, timeout_s: float) -> bool:

@@ -61,7 +61,9 @@ def fits(training_model, B: int, T: int, runtime: Runtime) -> bool:
         buffers.clear()
         training_model.zero_grad(set_to_none=True)
         training_model.use(compiled)
-        torch.cuda.empty_cache()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()  # the peak of the run is not that of a trial
 
 
 def run_dummy_step(model, B: int, T: int, runtime: Runtime) -> None:

@@ -88,7 +88,10 @@ def save(log_dir: Path, step: int, fill) -> None:
 
 
 def check_finite(name: str | None, log_dir: Path, step: int, max_lr: float) -> None:
-    """Raises SettingError if `name` is that of a parameter that is not finite after `step` steps"""
+    """Raises SettingError if `name` is that of a parameter that is not finite after `step` steps.
+
+    name: None: all are
+    """
     if name:
         raise SettingError(
             f"max_lr={max_lr}: {name} is not finite after step {step - 1}, so it is not saved; "
@@ -147,6 +150,16 @@ def newest_valid(log_dir: Path, file=None) -> Path | None:
             "remove them to start over, or choose another --log_dir"
         )
     return None
+
+
+def require_newest(log_dir: Path) -> Path:
+    """The newest valid checkpoint in `log_dir`. Raises SettingError if there is none."""
+    if (newest := newest_valid(log_dir)) is None:
+        raise SettingError(
+            f"log_dir={str(log_dir)!r}: no checkpoint in it; choose another, or name a model by "
+            "--init_from"
+        )
+    return newest
 
 
 def describe_newest(log_dir: Path) -> str:

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import os
 import re
 import sys
 from pathlib import Path
@@ -38,8 +39,9 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if cuda else "mps" if mps else "cpu"
-        if name == "cpu" and NVIDIA_DEVICE.exists():
-            print0(describe_unused_gpu())
+        hidden = "CUDA_VISIBLE_DEVICES" in os.environ  # perhaps by the user
+        if name == "cpu" and NVIDIA_DEVICE.exists() and not hidden:
+            print0(describe_unused_gpu(), file=sys.stderr)
     device = torch.device(name)
     if device.type == "mps" and not mps:
         raise SettingError("device='mps': not available on this machine; --device=cpu always is")

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import re
 import signal
@@ -151,8 +152,16 @@ def join_process_group(rank: int, world_size: int, device, timeout_s: float) -> 
 
 
 def leave_group() -> None:
-    """Leaves the process group, if there is one; its threads may abort a process that just ends."""
+    """Leaves the process group, if there is one, when all ranks do.
+
+    Its threads end with the last reference to it, such as DDP's. A thread that outlives the
+    interpreter would abort the process ("terminate called without an active exception").
+    """
+    global _monitor
     if dist.is_initialized():
+        dist.barrier()
+        _monitor = None
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -272,6 +272,8 @@ def check_resume(
     for name in settings | before:  # also those that only one of the two has
         value, old, grows = settings.get(name), before.get(name), name == "max_steps"
         if value != old and (name not in may_change or (grows and value < old)):
+            if name not in before:
+                raise SettingError(f"{name}={value!r}: {where} holds a run of a version without it")
             raise SettingError(
                 f"{name}={value!r}: {where} holds a run with {name}={old!r}"
                 f"{', which may only grow' if grows else ''}; {REMEDY}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from support import run_log, trackers
 from support.after_checkpoint import AfterCheckpoint
 from support.checkpoint import find_problem, list_checkpoints, try_directory
+from support.distributed import naming_lost_ranks
 from support.launch import print0
 from support.step_log import StepLog
 from support.stop_signals import StopSignals
@@ -70,7 +71,7 @@ class RunOutput:
         """A context for the steps from `step` on: it ends the progress bar and the tracker, and
         waits for `after_checkpoint`."""
         self.console.start(step)
-        with self.after_checkpoint.until_end(signals):
+        with self.after_checkpoint.until_end(signals), naming_lost_ranks():  # before it waits
             try:
                 yield
             finally:

@@ -185,8 +185,11 @@ def open_shard(path: Path, map_file=np.memmap) -> ShardFile:
     try:
         with open(path, "rb") as file:
             if path.suffix == ".npy":
-                version = "{}_{}".format(*np.lib.format.read_magic(file))
-                read_header = getattr(np.lib.format, f"read_array_header_{version}")
+                version = np.lib.format.read_magic(file)
+                read_header = {
+                    (1, 0): np.lib.format.read_array_header_1_0,
+                    (2, 0): np.lib.format.read_array_header_2_0,
+                }[version]
                 shape, _, dtype = read_header(file)
             else:
                 header = np.fromfile(file, dtype="<i4", count=256)

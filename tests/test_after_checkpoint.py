@@ -107,6 +107,19 @@ def test_a_checkpoint_that_comes_meanwhile_is_not_forgotten_and_none_runs_beside
     assert (tmp_path / "calls").read_text() == "2\n8\n"
 
 
+def test_a_waiting_checkpoint_gives_way_to_the_last_one(tmp_path):
+    """It may be pruned when the last one is written, which the command gets at the end."""
+    text = "mkdir busy; echo $STEP >> calls; while ! [ -e go ]; do sleep 0.01; done"
+    command = AfterCheckpoint(f"cd {tmp_path}; {text}", tmp_path)
+    with StopSignals(ALONE) as signals, command.until_end(signals):
+        command.start(2)
+        wait_for(tmp_path / "busy")
+        command.start(4)
+        command.start(6, at_end=True)
+        (tmp_path / "go").touch()
+    assert (tmp_path / "calls").read_text() == "2\n6\n"
+
+
 def test_the_checkpoint_in_use_is_kept_until_the_command_has_ended(small, tmp_path):
     """With a slow command that needs the first one, until the last is there."""
     wait = 'while ! [ -e "$LOG_DIR/step_00006" ]; do sleep 0.01; done'

@@ -427,6 +427,7 @@ def small_disk(tmp_path):
         yield directory, limited_files, lambda: None
 
 
+@pytest.mark.gpt2  # the disk has room for one checkpoint with a tied head
 def test_on_a_full_disk_the_earlier_checkpoint_stays_and_a_rerun_completes(
     small_disk, small, capsys
 ):

@@ -74,20 +74,24 @@ def test_dtype_of_matrix_products_is_that_of_autocast():
 @pytest.mark.parametrize("cuda, built_for", [("12.8", "CUDA 12.8"), (None, "CPUs only")])
 def test_a_gpu_that_torch_cannot_use_is_reported(monkeypatch, tmp_path, capsys, cuda, built_for):
     """The CPU is used, and one line says why; no line if there is no GPU, or the CPU was asked."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     device, driver = tmp_path / "nvidia0", tmp_path / "version"
     monkeypatch.setattr(devices, "NVIDIA_DEVICE", device)
     monkeypatch.setattr(devices, "NVIDIA_DRIVER", driver)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert devices.choose_device("auto").type == "cpu" and capsys.readouterr().out == ""
+    assert devices.choose_device("auto").type == "cpu" and capsys.readouterr().err == ""
     device.touch()
-    assert devices.choose_device("cpu").type == "cpu" and capsys.readouterr().out == ""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+    assert devices.choose_device("auto").type == "cpu" and capsys.readouterr().err == ""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert devices.choose_device("cpu").type == "cpu" and capsys.readouterr().err == ""
     assert devices.choose_device("auto").type == "cpu"
-    found = capsys.readouterr().out
+    found = capsys.readouterr().err
     assert all(part in found for part in (str(device), built_for, "driver unknown", "pytorch.org"))
     driver.write_text("NVRM version: NVIDIA UNIX Kernel Module  550.54.15  Tue Mar  5\nGCC: 12.2\n")
     devices.choose_device("auto")
-    assert "driver 550.54.15" in (found := capsys.readouterr().out) and found.count("\n") == 1
+    assert "driver 550.54.15" in (found := capsys.readouterr().err) and found.count("\n") == 1
 
 
 def test_a_device_that_is_not_available_is_refused(monkeypatch):

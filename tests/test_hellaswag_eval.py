@@ -45,7 +45,7 @@ from support.distributed import Runtime
 from support.errors import UserError
 from train_gpt2 import GPT, GPTConfig
 
-BATCHES = [(4096, 256, 16), (64, 7, 1), (1, 1, 5)]  # BATCH_TOKENS, CHUNK_ROWS, LENGTH_STEP
+BATCHES = [(4096, 256, 16), (64, 7, 1), (1, 2, 5)]  # BATCH_TOKENS, CHUNK_ROWS, LENGTH_STEP
 
 
 @pytest.fixture(scope="module", autouse=True)
