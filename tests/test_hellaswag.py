@@ -4,9 +4,9 @@ Each command line runs in a process of its own. The server is on loopback.
 """
 
 import json
+import re
 import signal
 import socket
-import re
 import subprocess
 import sys
 from pathlib import Path
