@@ -45,7 +45,8 @@ def test_tensorboard_holds_each_value_once_across_a_kill(small):
         tag: [(event.step, event.value) for event in found.Scalars(tag)]
         for tag in found.Tags()["scalars"]
     }
-    assert set(scalars) == {"loss", "lr", "norm", "tok_per_sec", "val_loss"}
+    validation = {"val_loss", "val_bpb", "val_perplexity"}
+    assert set(scalars) == {"loss", "lr", "norm", "tok_per_sec"} | validation
     for stream, tag in (("train", "loss"), ("val", "val_loss")):
         assert [step for step, _ in scalars[tag]] == list(read_values(config)[stream])
         assert dict(scalars[tag]) == pytest.approx(read_values(config)[stream], abs=1e-6)
