@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,7 +103,7 @@ def read_examples(path: Path, limit: int = 0) -> list[dict]:
     try:
         with open(path, "rb") as file:
             lines = ((n, line) for n, line in enumerate(file, start=1) if line.strip())
-            first = itertools.islice(lines, limit or None)
+            first = itertools.islice(lines, min(limit, sys.maxsize) or None)
             examples = [_parse_example(path, number, line) for number, line in first]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; cannot be read") from None

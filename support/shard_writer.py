@@ -131,7 +131,8 @@ class ShardDirectory:
             sum(Position(*shard["place"]))
         if "totals" in self.manifest:
             sum(self.manifest["totals"][name] for name in COUNTS)
-        "".join(source["file"] for source in self.manifest["sources"])
+        names = (source["file"] for source in self.manifest["sources"])
+        "".join((self.manifest["source_names"], *names))
         sum(source["bytes"] for source in self.manifest["sources"])
 
     def validate_sources(self, sources: list[dict], source_names: str) -> None:
