@@ -179,8 +179,7 @@ class Program:
 
     def train(self) -> dict:
         """A training step: its loss, and the seconds of its parts, each of which is waited for."""
-        if self.device.type == "cuda":
-            self.step()  # allocates what the last turn has given back
+        self.step()  # allocates what the last turn has given back, and fills the caches again
         parts, last = {}, self.clock()
 
         def mark(part: str) -> None:
