@@ -9,6 +9,7 @@ import os
 import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -509,12 +510,21 @@ def test_wrong_input_is_one_line_and_code_2(tmp_path, monkeypatch, capsys, argum
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
-def test_a_directory_that_may_not_be_written(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def unprivileged():
+    """The test runs as a user other than root, who may write everywhere."""
+    user = os.geteuid()
+    os.seteuid(user or 65534)
+    yield
+    os.seteuid(user)
+
+
+def test_a_directory_that_may_not_be_written(unprivileged, monkeypatch, capsys):
     monkeypatch.setattr(plot, "draw", lambda runs: Blank())
-    log = write_run(tmp_path / "a", "0 val 10\n")
-    os.chmod(log, 0o500)
-    code, _, err = run(capsys, log)
+    with tempfile.TemporaryDirectory() as directory:  # pytest's own are closed to other users
+        log = write_run(Path(directory) / "a", "0 val 10\n")
+        os.chmod(log, 0o500)
+        code, _, err = run(capsys, log)
     assert code == 2 and "cannot be written (Permission denied); choose another file" in err
 
 
