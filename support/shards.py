@@ -239,9 +239,10 @@ def load_manifest(directory: Path) -> dict | None:
     sizes = {shard["file"]: shard["bytes"] for shard in manifest["shards"]}
     for name, size in sizes.items():
         file = directory / name
-        found = f"{file.stat().st_size:,} bytes" if file.is_file() else "missing"
-        if found != f"{size:,} bytes":
-            raise SettingError(f"{file}: {found}, but {size:,} bytes in {MANIFEST}; {REBUILD}")
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            problem = "missing" if found is None else f"{found:,} bytes"
+            raise SettingError(f"{file}: {problem}, but {size:,} bytes in {MANIFEST}; {REBUILD}")
     for file in sorted(directory.iterdir()):
         if is_shard(file) and file.name not in sizes:
             raise SettingError(f"{file}: not listed in {MANIFEST}; move it elsewhere")

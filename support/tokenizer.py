@@ -6,6 +6,7 @@ token in base64 and its rank. The ids equal those of `tiktoken.get_encoding("gpt
 
 import base64
 import functools
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -13,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from support.errors import UserError
-from support.files import sha256
 
 RANKS = Path(__file__).resolve().parent / "gpt2.tiktoken"
 # The hash that tiktoken publishes for these ranks (tiktoken_ext/openai_public.py, r50k_base).
@@ -28,9 +28,13 @@ VOCAB_SIZE = 50257  # 256 bytes + 50,000 merges + <|endoftext|>
 @functools.cache
 def load_ranks() -> dict[bytes, int]:
     """{token: rank} of the 50,256 tokens. Raises UserError if the file is missing or altered."""
-    if not RANKS.is_file() or sha256(RANKS) != RANKS_SHA256:
-        raise UserError(f"{RANKS}: missing or altered (SHA-256); restore it from the repository")
-    pairs = (line.split() for line in RANKS.read_bytes().splitlines())
+    try:
+        raw = RANKS.read_bytes()
+    except OSError as error:
+        raise UserError(f"{RANKS}: {error.strerror}; restore it from the repository") from None
+    if hashlib.sha256(raw).hexdigest() != RANKS_SHA256:
+        raise UserError(f"{RANKS}: not the GPT-2 ranks (SHA-256); restore it from the repository")
+    pairs = (line.split() for line in raw.splitlines())
     return {base64.b64decode(token): int(rank) for token, rank in pairs}
 
 
