@@ -578,7 +578,7 @@ def restore(run: "Run", state: dict) -> None:
     """Sets everything but the model's parameters to the state of a checkpoint."""
     run.step = run.saved_step = state["step"]
     run.loader.position, run.bad_steps = state["position"], state["bad_steps"]
-    run.output.log.saved = state.get("log", {})
+    run.output.log.saved = state["log"]
     muon.load_optimizer(run.optimizer, state["optimizer"])
     if state["scaler"]:
         run.scaler.load_state_dict(state["scaler"])

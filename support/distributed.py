@@ -159,7 +159,8 @@ def leave_group() -> None:
     """
     global _monitor
     if dist.is_initialized():
-        dist.barrier()
+        with naming_lost_ranks():
+            dist.barrier()
         _monitor = None
         gc.collect()
         dist.destroy_process_group()

@@ -81,7 +81,7 @@ def test_it_runs_once_for_each_checkpoint_and_the_last_time_after_the_results(
     form = r"--- \d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| step %d \| %s"
     ends = [form % (step, end) for step in (2, 4, 6) for end in ("started", "exit code 0")]
     assert len(lines) == 6 and all(map(re.fullmatch, ends, lines)), lines
-    assert "after_checkpoint: " not in capsys.readouterr().out  # a success is no news
+    assert "after_checkpoint: " not in capsys.readouterr().out  # only failures are reported
 
 
 def test_without_the_setting_there_is_no_new_file_and_no_thread(small):
@@ -145,7 +145,7 @@ def test_it_may_change_when_a_run_is_continued(copy, tmp_path, capsys):
 FAILURES = {
     "not found": ("/no/such/program --flag", r"exit code 127 \(.*/no/such/program.*\)"),
     "fails": ("echo first; echo ' the  reason '; exit 3", r"exit code 3 \( the  reason \)"),
-    "says nothing": ("exit 4", r"exit code 4"),
+    "prints nothing": ("exit 4", r"exit code 4"),
     "is killed": ("echo so far; kill -9 $$", r"ended by Killed \(so far\)"),
     "writes megabytes": (
         f"{sys.executable} -c 'print(\"\\033[1mx\" * 10**7)'; printf '1%%\\r2%%' ; false",

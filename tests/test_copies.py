@@ -28,9 +28,9 @@ def assert_complete(config, uninterrupted) -> None:
 def cut(path: Path, lines: float) -> None:
     """Leaves so many lines of a file: half a line is one that was being written."""
     all_lines = path.read_text().splitlines(keepends=True)
-    whole, part = divmod(lines, 1)
-    more = all_lines[int(whole)]
-    path.write_text("".join(all_lines[: int(whole)]) + more[: int(len(more) * part)])
+    complete, part = divmod(lines, 1)
+    more = all_lines[int(complete)]
+    path.write_text("".join(all_lines[: int(complete)]) + more[: int(len(more) * part)])
 
 
 LATE_LOGS = {
