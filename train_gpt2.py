@@ -56,7 +56,7 @@ from support.huggingface import check_code, describe_kind, find_non_finite, padd
 from support.launch import print0, read_launch
 from support.run_lock import RunLock
 from support.run_output import RunOutput
-from support.step_log import DelayedCalls, StepLog, count_bad_steps
+from support.step_log import DelayedReports, StepLog, count_bad_steps
 from support.stop_signals import Stopped, StopSignals
 
 # -------------------------------------------------------------------------------------------------
@@ -696,16 +696,14 @@ def update_parameters(run: Run, lr: float, loss: torch.Tensor) -> torch.Tensor:
     return norm
 
 
-def log_step(run: Run, step: int, lr: float, tokens: int, position: int, figures, signal_counts):
-    """Logs the figures of a step, and waits for them.
+def log_step(run, step: int, lr: float, tokens: int, position: int, figures, signal_counts, end):
+    """Logs a step, with results of `train_step` that have arrived on the host.
 
     Raises Stopped if a rank received a signal, UserError after `max_bad_steps` non-finite steps.
     """
-    values = torch.stack([*figures.values(), *signal_counts]).tolist()  # one copy to the host
-    figures, signal_counts = dict(zip(figures, values)), values[len(figures) :]
-    run.output.log_step(step, lr, tokens, position * run.config.T, figures)
-    scale = run.scaler.get_scale() if run.scaler.is_enabled() else 0.0
-    limits = run.config.max_bad_steps, step, figures, scale, Path(run.config.log_dir)
+    run.output.log_step(step, lr, tokens, position * run.config.T, figures, end)
+    get_scale = run.scaler.get_scale if run.scaler.is_enabled() else lambda: 0.0
+    limits = run.config.max_bad_steps, step, figures, get_scale, Path(run.config.log_dir)
     run.bad_steps = count_bad_steps(run.bad_steps, *limits)
     if number := StopSignals.number_in(signal_counts):
         raise Stopped(number)
@@ -832,7 +830,7 @@ def build_output(config: Config, runtime: Runtime, model: GPT, loader: DataLoade
     )  # fmt: skip
     console = StepLog(
         config.max_steps, model.flops_per_token(config.T), devices.peak_flops(name, runtime.dtype),
-        world_size, runtime.master_process,
+        world_size, runtime.master_process, runtime.asynchronous,
     )  # fmt: skip
     writes = runtime.master_process and not config.eval_only
     return RunOutput(Path(config.log_dir), writes, console, record)
@@ -870,7 +868,7 @@ def train(config: Config, process_ends: bool = False) -> int:
         models = run.training_model, run.ddp_model
         autotune.compile_or_fall_back(*models, run.loader.B, config.T, runtime)
         load_questions(run)
-        reports = DelayedCalls(functools.partial(log_step, run), runtime.asynchronous)
+        reports = DelayedReports(functools.partial(log_step, run), runtime.asynchronous)
         with StopSignals(runtime, process_ends) as signals, run.output.steps(run.step, signals):
             try:
                 train_loop(run, reports, signals)
@@ -912,7 +910,7 @@ def evaluate(config: Config, runtime: Runtime) -> int:
     return 0
 
 
-def train_loop(run: Run, reports: DelayedCalls, signals: StopSignals) -> None:
+def train_loop(run: Run, reports: DelayedReports, signals: StopSignals) -> None:
     """Trains from `run.step` to max_steps. Raises Stopped if a rank received a signal."""
     config, epoch, first_step = run.config, run.loader.epoch, run.step
 
@@ -955,7 +953,7 @@ def train_loop(run: Run, reports: DelayedCalls, signals: StopSignals) -> None:
         lr = get_lr(step, config)
         tokens = batch_rows(run.loader.position, config) * config.T
         figures, signal_counts = train_step(run, lr, signals.row(), signals.check_in_step)
-        reports.add(step, lr, tokens, run.loader.position, figures, signal_counts)
+        reports.add(figures, signal_counts, step, lr, tokens, run.loader.position)
 
 
 def is_due(every: int, step: int, last: bool = False) -> bool:
@@ -963,7 +961,7 @@ def is_due(every: int, step: int, last: bool = False) -> bool:
     return every > 0 and (last or step % every == 0)
 
 
-def stop(run: Run, reports: DelayedCalls, stopped: Stopped) -> int:
+def stop(run: Run, reports: DelayedReports, stopped: Stopped) -> int:
     """Saves all complete steps, prints how to continue, and returns the exit code."""
     with contextlib.suppress(Stopped):
         reports.flush()

@@ -30,6 +30,7 @@ Run
     run_lock           one run at a time in a log directory
     run_output         all that a run shows and records, in one place
     step_log           console lines of training steps
+    device_clock       the end of a step on a device, and its results on the host
     run_log            the files of a log directory, and whether its run may be continued
     trackers           TensorBoard and Weights & Biases
     stop_signals       all ranks stop at the same step on SIGTERM, SIGINT and SIGUSR1

@@ -7,6 +7,7 @@ from pathlib import Path
 from support import run_log, trackers
 from support.after_checkpoint import AfterCheckpoint
 from support.checkpoint import find_problem, list_checkpoints, try_directory
+from support.device_clock import Instant
 from support.distributed import naming_lost_ranks
 from support.launch import print0
 from support.step_log import StepLog
@@ -79,15 +80,21 @@ class RunOutput:
                 self.tracker.close()
 
     def log_step(
-        self, step: int, lr: float, tokens: int, total_tokens: int, figures: dict[str, float]
+        self,
+        step: int,
+        lr: float,
+        tokens: int,
+        total_tokens: int,
+        figures: dict[str, float],
+        end: Instant,
     ) -> None:
-        """Logs a training step that has just ended.
+        """Logs a training step.
 
-        tokens: of this step; total_tokens: trained on so far
+        tokens: of this step; total_tokens: trained on so far; end: of the step
         figures: loss, norm and any others. `log.txt` gets the loss as `train`, the others but norm
             by their names.
         """
-        rates = self.console.log(step, lr, tokens, figures)
+        rates = self.console.log(step, lr, tokens, figures, end)
         self.record["last_step"] = figures
         if self.master_process:
             for name, value in figures.items():

@@ -3,13 +3,14 @@
 import math
 import statistics
 import sys
-import time
 from collections import deque
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from support.checkpoint import describe_newest
+from support.device_clock import HostCopy, Instant
 from support.errors import SettingError
 from support.launch import print0
 
@@ -24,12 +25,13 @@ class StepLog:
         peak_flops: float | None,
         world_size: int,
         show_bar: bool,
+        asynchronous: bool = False,
     ):
-        """peak_flops: of one device, in FLOP/s; None: MFU is unknown"""
+        """peak_flops: of one device, in FLOP/s; None: MFU is unknown; asynchronous: of `Instant`"""
         self.max_steps = max_steps
         self.flops_per_token, self.peak = flops_per_token, peak_flops and peak_flops * world_size
         self.last_dts = deque(maxlen=20)
-        self.show_bar = show_bar and sys.stdout.isatty()
+        self.show_bar, self.asynchronous = show_bar and sys.stdout.isatty(), asynchronous
 
     def start(self, step: int) -> None:
         """Shows the progress bar, after `step` steps, and starts the clock."""
@@ -41,16 +43,17 @@ class StepLog:
 
     def restart_clock(self) -> None:
         """Excludes from the next step's time what came before it: validation, saving."""
-        self.clock = time.perf_counter()
+        self.last_end = Instant(self.asynchronous)
 
-    def log(self, step: int, lr: float, tokens: int, figures: dict[str, float]) -> dict[str, float]:
-        """Prints the line of a step that has just ended.
+    def log(
+        self, step: int, lr: float, tokens: int, figures: dict[str, float], end: Instant
+    ) -> dict[str, float]:
+        """Prints the line of a step.
 
-        figures: at least loss and norm; any others are printed too
+        figures: at least loss and norm; any others are printed too; end: of the step
         Returns dt_s (seconds since the last step's end), tok_per_sec and, if it is known, mfu.
         """
-        now = time.perf_counter()
-        dt_s, self.clock = now - self.clock, now
+        dt_s, self.last_end = end.seconds_since(self.last_end), end
         self.last_dts.append(dt_s)
         rate = tokens / dt_s
         mfu = self.mfu(rate)
@@ -75,39 +78,41 @@ class StepLog:
         self.bar.close()
 
 
-class DelayedCalls:
-    """Calls `function` for each `add`: at once or, with `delay`, at the next `add` or `flush`.
+class DelayedReports:
+    """Reports the results of each step: at once, or on a GPU when the next step is queued."""
 
-    While an asynchronous device computes a step, the host can then launch the next one.
-    """
+    def __init__(self, function, asynchronous: bool):
+        """function(*arguments, figures, signal_counts, end): called for each step, in order"""
+        self.function, self.asynchronous, self.pending = function, asynchronous, deque()
 
-    def __init__(self, function, delay: bool):
-        self.function, self.delay, self.pending = function, delay, deque()
-
-    def add(self, *arguments) -> None:
-        """Takes the arguments of a call."""
-        self.pending.append(arguments)
-        self.flush(keep=1 if self.delay else 0)
+    def add(self, figures: dict[str, torch.Tensor], signal_counts, *arguments) -> None:
+        """Takes the results of the step that was just launched: scalars on the device."""
+        values = torch.stack([*figures.values(), *signal_counts])
+        self.pending.append((arguments, list(figures), HostCopy(values, self.asynchronous)))
+        self.flush(keep=1 if self.asynchronous else 0)
 
     def flush(self, keep: int = 0) -> None:
-        """Makes the pending calls but the last `keep` ones."""
+        """Reports the pending steps but the last `keep` ones, as soon as each has ended."""
         while len(self.pending) > keep:
-            self.function(*self.pending.popleft())
+            arguments, names, copy = self.pending.popleft()
+            values = copy.tolist()
+            figures, signal_counts = dict(zip(names, values)), values[len(names) :]
+            self.function(*arguments, figures, signal_counts, copy.end)
 
 
 def count_bad_steps(
-    bad_steps: int, limit: int, step: int, figures: dict[str, float], scale: float, log_dir: Path
+    bad_steps: int, limit: int, step: int, figures: dict[str, float], get_scale, log_dir: Path
 ) -> int:
     """Non-finite steps in a row after this one, of which there were `bad_steps` before it.
 
-    scale: loss scale of float16, else 0: while it is 1 or more, an overflow of the gradient is not
-        counted, because the scale was just halved
+    get_scale(): loss scale of float16, else 0: while it is 1 or more, an overflow of the gradient
+        is not counted, because the scale was just halved
     log_dir: its newest checkpoint is named in the error. Raises SettingError if `limit` is reached.
     """
     loss, norm = figures["loss"], figures["norm"]
     if math.isfinite(loss) and math.isfinite(norm):
         return 0
-    if math.isfinite(loss) and scale >= 1:
+    if math.isfinite(loss) and get_scale() >= 1:
         print0(f"step {step}: gradient overflow: update skipped, scale halved")
         return bad_steps
     bad_steps += 1

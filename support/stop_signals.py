@@ -7,6 +7,7 @@ import time
 
 import torch
 
+from support.device_clock import HostCopy
 from support.distributed import Runtime
 from support.launch import print0
 
@@ -80,7 +81,8 @@ class StopSignals:
 
         The answer is one call late so that a GPU always has work left.
         """
-        before, self.counts = self.counts, self.runtime.all_reduce(self.row(delay_s).clone())
+        counts = self.runtime.all_reduce(self.row(delay_s).clone())
+        before, self.counts = self.counts, HostCopy(counts, self.runtime.asynchronous)
         if before is not None and (number := self.number_in(before.tolist())):
             raise Stopped(number)
 

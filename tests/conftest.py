@@ -55,6 +55,55 @@ def small(tmp_path, text_file):
     return make
 
 
+class SimulatedGPU:
+    """A queue of work that takes the time that a test gives it, in milliseconds.
+
+    The CPU computes all results; only `Runtime.asynchronous` and `torch.cuda.Event` say that there
+    is a GPU. Its time passes while the host waits for an event. idle_ms: how long it had no work.
+    """
+
+    event_ms = 0.0  # work that comes with each event
+
+    def __init__(self):
+        self.host_ms = self.done_ms = self.idle_ms = 0.0  # done: when the queue will be empty
+
+    def launch(self, duration_ms: float) -> None:
+        """Adds work to the queue."""
+        self.idle_ms += max(0.0, self.host_ms - self.done_ms)
+        self.done_ms = max(self.host_ms, self.done_ms) + duration_ms
+
+    def make_event(self, enable_timing: bool = False):
+        """A `torch.cuda.Event` of the queue."""
+        gpu = self
+
+        class Event:
+            def record(self):
+                gpu.launch(gpu.event_ms)
+                self.ms = max(gpu.done_ms, gpu.host_ms)
+
+            def synchronize(self):
+                gpu.host_ms = max(gpu.host_ms, self.ms)
+
+            def elapsed_time(self, later) -> float:
+                assert enable_timing and max(self.ms, later.ms) <= gpu.host_ms, "not reached"
+                return later.ms - self.ms
+
+        return Event()
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Makes a run believe that the CPU is a GPU whose work is queued (SimulatedGPU)."""
+    import torch
+
+    from support.distributed import Runtime
+
+    simulated = SimulatedGPU()
+    monkeypatch.setattr(Runtime, "asynchronous", True)
+    monkeypatch.setattr(torch.cuda, "Event", simulated.make_event)
+    return simulated
+
+
 @pytest.fixture
 def error_on_recompile():
     """Clears the compiler's cache, and makes it an error to compile a function a second time."""

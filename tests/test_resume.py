@@ -28,7 +28,7 @@ from conftest import (
 
 import train_gpt2
 from support import checkpoint
-from support.distributed import Runtime, initialize
+from support.distributed import initialize
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.faults)])
@@ -91,10 +91,9 @@ def test_resume_with_another_B(small, complete, monkeypatch):
     assert losses(stopped) == pytest.approx(losses(complete), abs=1e-5)
 
 
-def test_logging_steps_late_changes_nothing(small, complete, monkeypatch):
+def test_logging_steps_late_changes_nothing(small, complete, gpu):
     """The log, the checkpoints and what is in them are those of a run that logs at once."""
-    late = small(**COMPLETE)
-    monkeypatch.setattr(Runtime, "asynchronous", True)  # as on a GPU
+    gpu.event_ms, late = 1, small(**COMPLETE)
     train_gpt2.train(late)
     assert_same_end(complete, late)
     for step in (3, 6):

@@ -7,10 +7,11 @@ import sys
 import threading
 
 import pytest
+import torch
 from conftest import assert_same_end
 
 import train_gpt2
-from support.step_log import DelayedCalls
+from support.step_log import DelayedReports
 
 
 def lines_of(output: str) -> list[str]:
@@ -61,25 +62,27 @@ def test_a_terminal_has_a_bar_and_bold_lines_and_a_file_has_neither(
     assert_same_end(shown_run, quiet)
 
 
-def test_delayed_calls_are_made_at_the_next_one_or_at_a_flush():
-    """A call that raises an exception is not repeated, and the next one is still made."""
+def test_reports_are_made_at_the_next_step_or_at_a_flush(gpu):
+    """A report that raises an exception is not repeated, and the next one is still made."""
     made = []
 
-    def call(number, word):
-        made.append(number)
-        if word == "raise":
+    def report(step, figures, signal_counts, end):
+        made.append((step, figures, signal_counts))
+        if step == 2:
             raise ValueError
 
-    at_once = DelayedCalls(call, delay=False)
-    at_once.add(1, "a")
-    assert made == [1]
-    late = DelayedCalls(call, delay=True)
-    late.add(2, "raise")
-    assert made == [1]
+    def add(reports, step):
+        reports.add({"loss": torch.tensor(step + 0.5)}, [torch.tensor(1.0)], step)
+
+    at_once, late = DelayedReports(report, False), DelayedReports(report, True)
+    add(at_once, 1)
+    assert made == [(1, {"loss": 1.5}, [1.0])]
+    add(late, 2)
+    assert len(made) == 1
     with pytest.raises(ValueError):
-        late.add(3, "a")
-    late.add(4, "a")
-    assert made == [1, 2, 3]
+        add(late, 3)
+    add(late, 4)
+    assert [step for step, *_ in made] == [1, 2, 3]
     late.flush()
     late.flush()
-    assert made == [1, 2, 3, 4]
+    assert [step for step, *_ in made] == [1, 2, 3, 4]

@@ -11,7 +11,6 @@ from conftest import SMALL, TEXT, assert_same_end, losses, outcome, start, wait_
 
 import train_gpt2
 from support import checkpoint, hellaswag_eval
-from support.distributed import Runtime
 from support.stop_signals import StopSignals
 
 
@@ -82,10 +81,9 @@ def test_a_signal_saves_the_step_and_the_run_continues(small, complete, monkeypa
     assert_same_end(complete, stopped)
 
 
-def test_a_signal_if_steps_are_logged_late(small, complete, monkeypatch, capsys):
+def test_a_signal_if_steps_are_logged_late(small, complete, gpu, monkeypatch, capsys):
     """The step launched meanwhile is saved and logged too."""
-    monkeypatch.setattr(Runtime, "asynchronous", True)  # as on a GPU
-    stopped = small(max_steps=6)
+    gpu.event_ms, stopped = 1, small(max_steps=6)
     assert stop_in_step_2(stopped, monkeypatch, "SIGTERM") == 128 + signal.SIGTERM
     assert "stopped by SIGTERM after step 3" in capsys.readouterr().out
     assert list(losses(stopped)) == list(range(4))
