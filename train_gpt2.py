@@ -588,33 +588,24 @@ def restore(run: "Run", state: dict) -> None:
 
 
 def save_checkpoint(run: "Run") -> None:
-    """Writes `step_NNNNN/` on rank 0, and removes the checkpoints that are no longer kept.
+    """Writes `step_NNNNN/` on rank 0, on a GPU in the background.
 
-    Raises SettingError, and writes nothing, if a weight is not finite; UserError if the disk is
-    full.
+    Raises SettingError, and writes nothing, if a weight is not finite; UserError, perhaps at a
+    later step, if the disk is full.
     """
     log_dir, step = Path(run.config.log_dir), run.step
     checkpoint.check_finite(find_non_finite(run.model), log_dir, step, run.config.max_lr)
     run.runtime.barrier()
     if run.runtime.master_process:
-        run.output.tracker.flush()
+        content = huggingface.export_model(run.model), training_state(run)
+        model, state = checkpoint.copy_to_host(content, run.runtime.asynchronous)
 
         def write_files(directory: Path) -> None:
-            run.model.save_pretrained(directory)
-            torch.save(training_state(run), directory / "train_state.pt")
+            huggingface.write_model(model, directory)
+            torch.save(state, directory / "train_state.pt")
 
-        checkpoint.save(log_dir, step, write_files)
-        run.output.after_checkpoint.start(step, at_end=step == run.config.max_steps)
-        prune_checkpoints(run)
-    run.runtime.barrier()
+        run.output.save_checkpoint(step, write_files)
     run.saved_step = step
-
-
-def prune_checkpoints(run: "Run") -> None:
-    """Removes the checkpoints that are no longer kept, nor in use by `after_checkpoint`."""
-    log_dir, keep = Path(run.config.log_dir), run.config.keep_checkpoints
-    in_use = run.output.after_checkpoint.step
-    checkpoint.prune(log_dir, run.step, keep, run.output.find_best(), in_use)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -833,7 +824,7 @@ def build_output(config: Config, runtime: Runtime, model: GPT, loader: DataLoade
         world_size, runtime.master_process, runtime.asynchronous,
     )  # fmt: skip
     writes = runtime.master_process and not config.eval_only
-    return RunOutput(Path(config.log_dir), writes, console, record)
+    return RunOutput(Path(config.log_dir), writes, console, record, runtime.asynchronous)
 
 
 def count_epochs(config: Config, loader: DataLoaderLite) -> float:
@@ -878,8 +869,8 @@ def train(config: Config, process_ends: bool = False) -> int:
             run.output.finish(run.step, tokens, memory)
             final = checkpoint.step_directory(config.log_dir, run.step)
             print0(f"finished: {final} is {describe_kind(run.model)}")
-        if runtime.master_process:
-            prune_checkpoints(run)  # what a kill just before the end, or after_checkpoint, left
+        if runtime.master_process:  # what a kill just before the end, or after_checkpoint, left
+            run.output.prune_checkpoints(run.step)
         runtime.barrier()
         return 0
 
@@ -967,6 +958,7 @@ def stop(run: Run, reports: DelayedReports, stopped: Stopped) -> int:
         reports.flush()
     if run.step > run.saved_step:
         save_checkpoint(run)
+    run.output.wait_for_checkpoint()
     saved = checkpoint.step_directory(run.config.log_dir, run.step)
     saved = f", saved {saved}" if run.saved_step else ""
     where = f"after step {run.step - 1}" if run.step else "before the first step"

@@ -3,16 +3,20 @@
 A directory is filled under a hidden name, the size and SHA-256 of each file go into `files.json`,
 everything is synced to the disk, and only then is it renamed to its final name. A kill at any
 instant leaves the earlier checkpoints as they were.
+
+On a GPU a thread writes it, from a copy in the memory of the host, while the next steps run.
 """
 
 import json
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
+from support.device_clock import Instant
 from support.errors import SettingError, UserError
 from support.files import sha256, sync
 from support.launch import print0
@@ -85,6 +89,64 @@ def save(log_dir: Path, step: int, fill) -> None:
             f"(complete checkpoints: {kept or 'none'})"
         ) from None
     print0(f"step {step:5d} | saved {directory}")
+
+
+def copy_to_host(value, asynchronous: bool):
+    """`value` with all tensors in its dicts, lists and tuples on the CPU.
+
+    asynchronous: whether the device is a GPU: then they are copies, in pinned memory, that the next
+        steps do not change; else those of a CPU are returned as they are
+    """
+
+    def copy(value):
+        if isinstance(value, torch.Tensor):
+            return value.detach().to("cpu", non_blocking=asynchronous, copy=asynchronous)
+        if isinstance(value, dict):
+            return {key: copy(element) for key, element in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(map(copy, value))
+        return value
+
+    copied = copy(value)
+    Instant(asynchronous).wait()
+    return copied
+
+
+class Writer:
+    """Makes one call at a time, each in a thread if `background`.
+
+    What a call raises is raised by the next `check`, `wait` or `start`.
+    """
+
+    def __init__(self, background: bool):
+        self.background, self.thread, self.error = background, None, None
+
+    def start(self, write) -> None:
+        """Calls `write()` when the last call has ended."""
+        self.wait()
+        if not self.background:
+            return write()
+        # A daemon, for which the interpreter does not wait when ^C interrupts the run.
+        self.thread = threading.Thread(target=self._run, args=(write,), daemon=True)
+        self.thread.start()
+
+    def _run(self, write) -> None:
+        try:
+            write()
+        except BaseException as error:
+            self.error = error
+
+    def check(self) -> None:
+        """Raises the error of a call that has failed."""
+        error, self.error = self.error, None
+        if error:
+            raise error
+
+    def wait(self) -> None:
+        """Returns when the last call has ended. Raises its error."""
+        if self.thread:
+            self.thread.join()
+        self.check()
 
 
 def check_finite(name: str | None, log_dir: Path, step: int, max_lr: float) -> None:

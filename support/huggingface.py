@@ -61,23 +61,37 @@ def save_model(model, directory) -> None:
 
     A model that does not compute GPT-2 gets the model_type MODIFIED, which only `load_model` reads.
     """
-    save_weights(model, Path(directory))
-    save_tokenizer(directory, model_max_length=model.config.block_size)
+    write_model(export_model(model), directory)
 
 
-def save_weights(model, directory: Path) -> None:
-    """Writes the configuration and the weights of `save_model`."""
-    from safetensors.torch import save_file
+def export_model(model) -> tuple[dict, dict]:
+    """(content of config.json, {name: float32 tensor}) in Hugging Face's layout.
 
+    The tensors are on the model's device; some of them are its parameters and not copies.
+    """
     c, tensors = model.config, {}
     for name, tensor in model.state_dict().items():
         if name == HEAD and c.tied:
             continue
         tensor = tensor[: c.vocab_size] if name in c.vocab_weights else tensor
         tensor = tensor.t() if TRANSPOSED.search(name) else tensor
-        tensors[name] = tensor.detach().cpu().float().contiguous()
+        tensors[name] = tensor.detach().float().contiguous()
+    return _build_config(c, model_function.identify(model)), tensors
+
+
+def write_model(exported: tuple[dict, dict], directory) -> None:
+    """Writes what `export_model` returned, and the tokenizer."""
+    write_weights(exported, Path(directory))
+    save_tokenizer(directory, model_max_length=exported[0]["n_positions"])
+
+
+def write_weights(exported: tuple[dict, dict], directory: Path) -> None:
+    """Writes the configuration and the weights of `write_model`."""
+    from safetensors.torch import save_file
+
+    config, tensors = exported
+    tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
     directory.mkdir(parents=True, exist_ok=True)
-    config = _build_config(c, model_function.identify(model))
     for name, content in (("config", config), ("generation_config", SPECIAL_IDS)):
         (directory / f"{name}.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
@@ -132,7 +146,7 @@ def check_code(model) -> None:
     tiny = model_function.build_tiny(model)
     try:
         with tempfile.TemporaryDirectory() as directory:
-            save_weights(tiny, Path(directory))
+            write_weights(export_model(tiny), Path(directory))
             config_class = type(tiny.config)
             loaded = load_model(type(tiny), config_class, directory, same_function=False)
     except (OSError, SafetensorError) as error:  # the second one is also raised by a full disk

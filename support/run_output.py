@@ -4,11 +4,11 @@ import contextlib
 import math
 from pathlib import Path
 
-from support import run_log, trackers
+from support import checkpoint, run_log, trackers
 from support.after_checkpoint import AfterCheckpoint
-from support.checkpoint import find_problem, list_checkpoints, try_directory
 from support.device_clock import Instant
 from support.distributed import naming_lost_ranks
+from support.errors import UserError
 from support.launch import print0
 from support.step_log import StepLog
 from support.stop_signals import StopSignals
@@ -20,13 +20,20 @@ class RunOutput:
     Every rank calls it; only the master process writes.
     """
 
-    def __init__(self, log_dir: Path, master_process: bool, console: StepLog, record: dict):
-        """record: what `run.json` holds: at least `settings`"""
+    def __init__(
+        self,
+        log_dir: Path,
+        master_process: bool,
+        console: StepLog,
+        record: dict,
+        background: bool = False,
+    ):
+        """record: what `run.json` holds: at least `settings`; background: of the `Writer`"""
         self.log_dir, self.master_process = log_dir, master_process
         self.console, self.record = console, record
         self.log, self.curves = run_log.RunLog(log_dir), run_log.Curves(log_dir)
         self.after_checkpoint = AfterCheckpoint(record["settings"]["after_checkpoint"], log_dir)
-        self.tracker = trackers.Tracker()
+        self.tracker, self.writer = trackers.Tracker(), checkpoint.Writer(background)
         # The last ones, in this order.
         self.results = dict(val_loss=None, val_bpb=None, val_perplexity=None, hellaswag=None)
 
@@ -59,7 +66,7 @@ class RunOutput:
     def start(self, step: int) -> None:
         """Writes `run.json`, removes what a killed run logged from `step` on, opens the tracker."""
         if self.master_process:
-            try_directory(self.log_dir)
+            checkpoint.try_directory(self.log_dir)
             settings = self.record["settings"]
             self.record |= run_log.describe_software()  # of the code that runs, also at its end
             run_log.write_run_json(self.log_dir, self.record)
@@ -70,11 +77,15 @@ class RunOutput:
     @contextlib.contextmanager
     def steps(self, step: int, signals: StopSignals):
         """A context for the steps from `step` on: it ends the progress bar and the tracker, and
-        waits for `after_checkpoint`."""
+        waits for a checkpoint that is being written and for `after_checkpoint`."""
         self.console.start(step)
         with self.after_checkpoint.until_end(signals), naming_lost_ranks():  # before it waits
             try:
                 yield
+            except Exception:
+                with contextlib.suppress(UserError):
+                    self.writer.wait()
+                raise
             finally:
                 self.console.close()
                 self.tracker.close()
@@ -94,6 +105,7 @@ class RunOutput:
         figures: loss, norm and any others. `log.txt` gets the loss as `train`, the others but norm
             by their names.
         """
+        self.writer.check()
         rates = self.console.log(step, lr, tokens, figures, end)
         self.record["last_step"] = figures
         if self.master_process:
@@ -131,10 +143,39 @@ class RunOutput:
         if self.master_process and self.record["settings"]["curves"]:
             self.curves.draw(wait=last)
 
+    def save_checkpoint(self, step: int, write_files) -> None:
+        """Writes the checkpoint after `step` steps, and removes those that are no longer kept.
+
+        write_files(directory): called in the background on a GPU, when the last one is written
+        Raises UserError if the disk is full: here, in `log_step` or in `wait_for_checkpoint`.
+        """
+
+        def save() -> None:
+            checkpoint.save(self.log_dir, step, write_files)
+            at_end = step == self.record["settings"]["max_steps"]
+            self.after_checkpoint.start(step, at_end)
+            self.prune_checkpoints(step)
+
+        self.tracker.flush()
+        self.writer.start(save)
+
+    def wait_for_checkpoint(self) -> None:
+        """Returns when the last checkpoint is written."""
+        self.writer.wait()
+
+    def prune_checkpoints(self, step: int) -> None:
+        """Removes the checkpoints that are no longer kept, nor in use by `after_checkpoint`.
+
+        step: of the newest one
+        """
+        keep, in_use = self.record["settings"]["keep_checkpoints"], self.after_checkpoint.step
+        checkpoint.prune(self.log_dir, step, keep, self.find_best(), in_use)
+
     def find_best(self) -> int | None:
         """The step of the checkpoint with the lowest validation loss so far."""
-        found = list_checkpoints(self.log_dir).items()
-        return self.log.best(step for step, path in found if not find_problem(path, hashes=False))
+        found, find_problem = checkpoint.list_checkpoints(self.log_dir), checkpoint.find_problem
+        valid = [step for step, path in found.items() if not find_problem(path, hashes=False)]
+        return self.log.best(valid)
 
     def finish(self, step: int, tokens: int, peak_memory_mib: int | None) -> None:
         """Adds the results of a finished run to `run.json`, and prints them.
@@ -148,6 +189,7 @@ class RunOutput:
             peak_memory_mib=peak_memory_mib, mfu=rate and self.console.mfu(rate),
         )  # fmt: skip
         if self.master_process:
+            self.wait_for_checkpoint()
             log_bytes = self.log.path.stat().st_size
             end = dict(finished_step=step, log_bytes=log_bytes, result=self.results)
             run_log.write_run_json(self.log_dir, self.record | end)

@@ -12,6 +12,8 @@ gradient.
     replace_gradient nan 1 5     a gradient full of NaN in rank 1, at step 5
     record_windows FILE          a line `step rank windows` in FILE for each step
     compile_with eager           torch.compile with another backend, which makes no machine code
+    simulate_gpu                 log and save as on a GPU: a step later, and in the background
+    delay_checkpoints 5          each checkpoint takes 5 seconds longer
 """
 
 import atexit
@@ -21,6 +23,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -29,7 +32,7 @@ import numpy as np
 import torch
 
 import train_gpt2
-from support import fused_loss
+from support import distributed, fused_loss, huggingface
 from support.errors import run_main
 
 RANK = int(os.environ.get("RANK", 0))
@@ -167,6 +170,36 @@ def record_windows(file: str) -> None:
 def compile_with(backend: str) -> None:
     """Makes torch.compile use another backend: what is traced, and when, stays the same."""
     torch.compile = functools.partial(torch.compile, backend=backend)
+
+
+def simulate_gpu() -> None:
+    """Makes the run believe that the CPU is a GPU whose work is queued."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            self.time_s = time.perf_counter()
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, later):
+            return 1000 * (later.time_s - self.time_s)
+
+    torch.cuda.Event, distributed.Runtime.asynchronous = Event, True
+
+
+def delay_checkpoints(seconds: str) -> None:
+    """Makes writing the files of a checkpoint take longer."""
+    original = huggingface.write_model
+
+    def write_model(*arguments):
+        time.sleep(float(seconds))
+        original(*arguments)
+
+    huggingface.write_model = write_model
 
 
 if __name__ == "__main__":

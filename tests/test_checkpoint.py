@@ -9,20 +9,33 @@ import os
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line, losses, outcome, tree
+from conftest import (
+    assert_one_line,
+    assert_same_tensors,
+    losses,
+    outcome,
+    start,
+    tree,
+    wait_for_step,
+)
 from safetensors.torch import load_file
 
 import train_gpt2
-from support import checkpoint, tokenizer
-from support.distributed import initialize
+from support import checkpoint, huggingface, tokenizer
+from support.distributed import Runtime, initialize
 from support.errors import UserError
+from support.run_output import RunOutput
 
 FILES = {"a.bin": b"0123456789" * 1000, "b.txt": b"words\n"}
 
@@ -363,6 +376,93 @@ def test_if_the_newest_checkpoint_is_damaged_the_one_before_is_used(small, capsy
 
 
 # -------------------------------------------------------------------------------------------------
+# In the background: on a GPU, which is simulated here
+
+
+def test_calls_are_made_one_after_the_other_and_an_error_is_raised_by_the_next_use():
+    writer, go, made = checkpoint.Writer(background=True), threading.Event(), []
+
+    def write(number):
+        assert go.wait(timeout=60)
+        made.append(number)
+        if number == 2:
+            raise UserError("no room")
+
+    writer.start(functools.partial(write, 1))
+    writer.check()
+    assert made == []  # it waits in its thread
+    go.set()
+    writer.start(functools.partial(write, 2))
+    assert made[0] == 1
+    with pytest.raises(UserError, match="no room"):
+        writer.wait()
+    writer.wait()
+    assert made == [1, 2]
+
+
+def test_steps_do_not_wait_for_a_checkpoint_nor_change_what_it_holds(small, gpu, monkeypatch):
+    """That of step 3 is written when step 4 has ended, and is the one of a run on a CPU."""
+    settings = dict(checkpoint_every=3, keep_checkpoints=9, max_steps=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(Runtime, "asynchronous", False)
+        train_gpt2.train(small(**settings))
+    log_dir = Path(small().log_dir)
+    expected = log_dir.rename(log_dir.with_name("cpu"))
+
+    gpu.event_ms, step_4 = 1, threading.Event()
+    write_model, log_step = huggingface.write_model, RunOutput.log_step
+
+    def write_later(model, directory):
+        assert step_4.wait(timeout=60)
+        write_model(model, directory)
+
+    def log(output, step, *rest):
+        if step == 4:
+            assert checkpoint.list_checkpoints(log_dir) == {}
+            step_4.set()
+        log_step(output, step, *rest)
+
+    monkeypatch.setattr(huggingface, "write_model", write_later)
+    monkeypatch.setattr(RunOutput, "log_step", log)
+    train_gpt2.train(small(**settings))
+    assert list(checkpoint.list_checkpoints(log_dir)) == [3, 5]
+    for step in ("step_00003", "step_00005"):
+        weights, theirs = (load_file(p / step / "model.safetensors") for p in (log_dir, expected))
+        assert_same_tensors(weights, theirs)
+        states = [torch.load(p / step / "train_state.pt") for p in (log_dir, expected)]
+        assert_same_tensors(*states)
+
+
+def test_a_run_that_ends_with_an_error_first_completes_its_checkpoint(small, gpu, monkeypatch):
+    gpu.event_ms, write_model = 1, huggingface.write_model
+
+    def write_slowly(model, directory):
+        time.sleep(0.5)
+        write_model(model, directory)
+
+    monkeypatch.setattr(huggingface, "write_model", write_slowly)
+    monkeypatch.setattr(train_gpt2, "validate", Mock(side_effect=[None, UserError("no loss")]))
+    config = small(checkpoint_every=2, val_every=2)
+    with pytest.raises(UserError, match="no loss"):
+        train_gpt2.train(config)
+    assert checkpoint.newest_valid(Path(config.log_dir)).name == "step_00002"
+
+
+def test_a_second_SIGINT_does_not_wait_for_a_checkpoint(small):
+    """The first one does; what the second one leaves is what a kill leaves."""
+    config = small(checkpoint_every=20, max_steps=100_000)
+    process = start(config, harm="simulate_gpu + delay_checkpoints 120")
+    wait_for_step(config, 22, process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert checkpoint.list_checkpoints(Path(config.log_dir)) == {}
+
+
+# -------------------------------------------------------------------------------------------------
 # Full disks: writes that fail for real
 
 
@@ -388,10 +488,13 @@ def assert_disk_full(config, capsys) -> None:
     assert_one_line(err, words)
 
 
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_without_room_for_a_checkpoint_the_earlier_ones_stay_and_a_rerun_completes(
-    copy, stopped, capsys
+    copy, stopped, capsys, device, request
 ):
     """The weights (3.2 MB) fit, the training state (6.5 MB) does not."""
+    if device == "gpu":
+        request.getfixturevalue("gpu").event_ms = 1
     log_dir = Path(copy.log_dir)
     shutil.rmtree(log_dir / "step_00004")
     with limited_files():

@@ -154,7 +154,7 @@ def test_a_temporary_directory_that_is_full_or_missing_is_named(saved, monkeypat
         monkeypatch.setattr(tempfile, "tempdir", place)
     else:
         place = tempfile.gettempdir()
-        monkeypatch.setattr(huggingface, "save_weights", Mock(side_effect=error))
+        monkeypatch.setattr(huggingface, "write_weights", Mock(side_effect=error))
     with pytest.raises(UserError, match=f"{place}: a temporary file cannot be .*TMPDIR"):
         huggingface.check_code(saved[0])
 
