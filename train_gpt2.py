@@ -434,16 +434,20 @@ class DataLoaderLite:
 
     def __init__(
         self, tokens: shards.TokenStream, B: int, T: int, process_rank=0, num_processes=1,
-        rows_at=None, shuffle=False, seed=0, vocab_size=tokenizer.VOCAB_SIZE,
+        rows_at=None, shuffle=False, seed=0, vocab_size=tokenizer.VOCAB_SIZE, device="cpu",
     ):  # fmt: skip
-        """rows_at(position): rows of the step that begins at row `position`; default: B each."""
+        """rows_at(position): rows of the step that begins at row `position`; default: B each
+        device: which the batches are for; if it is a GPU, they are in pinned memory
+        """
         self.tokens, self.B, self.T, self.vocab_size = tokens, B, T, vocab_size
         self.rank, self.num_processes = process_rank, num_processes
         self.rows_at = rows_at or (lambda position: num_processes * B)
         self.shuffle, self.seed = shuffle, seed
         self.windows = (len(tokens) - 1) // T  # windows in an epoch
         self.position = 0  # rows of the stream served so far
-        self.pool, self.prepared = ThreadPoolExecutor(max_workers=1), None
+        self.device = torch.device(device)
+        use_device = functools.partial(devices.use_in_thread, self.device)
+        self.pool, self.prepared = ThreadPoolExecutor(1, initializer=use_device), None
 
     @property
     def epoch(self) -> int:
@@ -477,7 +481,7 @@ class DataLoaderLite:
             row = self.tokens.read_window(int(window), self.T, self.vocab_size)
             x[i], y[i] = row[:-1], row[1:]
         batch = [torch.from_numpy(a).view(micro_steps, B, self.T) for a in (x, y)]
-        return [a.pin_memory() for a in batch] if torch.cuda.is_available() else batch
+        return [a.pin_memory() for a in batch] if self.device.type == "cuda" else batch
 
     def next_step(self):
         """(x, y, rows): `batch` for the next step; the one after it is prepared in a thread."""
@@ -786,7 +790,7 @@ def build_run(config: Config, runtime: Runtime, model: GPT, splits: dict) -> Run
     B = autotune.choose_micro_batch(rows, config.B, config.T, training_model, runtime)
     loader_settings = dict(
         B=B, T=config.T, process_rank=runtime.rank, num_processes=runtime.world_size,
-        vocab_size=model.config.vocab_size,
+        vocab_size=model.config.vocab_size, device=runtime.device,
     )  # fmt: skip
     loader = DataLoaderLite(
         splits["train"], **loader_settings, shuffle=config.shuffle, seed=config.seed,

@@ -62,6 +62,16 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+def use_in_thread(device: torch.device) -> None:
+    """Makes a GPU the current one of this thread, which else is GPU 0 in each thread.
+
+    Pinned memory belongs to a context of the current GPU: on one that another process uses, a new
+    context would take half a gigabyte.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def describe_unused_gpu() -> str:
     """Why this torch may not find the NVIDIA GPU of this machine, and what to do."""
     driver = re.search(r"\d+\.\d+(\.\d+)?", read_text(NVIDIA_DRIVER))

@@ -368,6 +368,26 @@ def test_a_loader_continues_from_any_position(rows, shuffle, world):
         assert np.array_equal(step_of(resumed), expected)
 
 
+@pytest.mark.parametrize("name", ["cpu", "cuda:3"])
+def test_the_loader_uses_only_the_gpu_of_its_rank(monkeypatch, name):
+    """In the thread too that prepares the next batch, where GPU 0 is the current one by default; on
+    a machine with GPUs a run on the CPU uses none."""
+    current, pinned_on = threading.local(), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", functools.partial(setattr, current, "device"))
+
+    def pin_memory(tensor):
+        pinned_on.append(str(getattr(current, "device", "cuda:0")))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    loader = DataLoaderLite(stream_of(100), 3, 4, device=name)
+    for _ in range(3):
+        loader.next_step()
+    loader.prepared.result()
+    assert set(pinned_on) == ({"cuda:3"} if name == "cuda:3" else set())
+
+
 def test_the_next_step_is_prepared_meanwhile():
     """Its windows are read before it is asked for, by another thread."""
     prepared, readers = threading.Event(), {}
