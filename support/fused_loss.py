@@ -12,6 +12,9 @@ from support.devices import matmul_dtype
 
 IGNORE_INDEX = -1  # a target that does not count
 CHUNK_ROWS = {"cpu": 512, "mps": 1024, "cuda": 8192}  # rows of logits at a time, at most
+# In float16 the gradient of the head is a sum over the rows of a chunk, with no loss scale: it is
+# finite if no hidden state is above 63.
+FLOAT16_ROWS = 1024
 
 
 class HeadLoss(nn.Module):
@@ -56,6 +59,11 @@ def cut(x, targets, most: int):
         x = F.pad(x, (0, 0, 0, padding))
         targets = F.pad(targets, (0, padding), value=IGNORE_INDEX)
     return x.unflatten(0, (-1, rows)), targets.unflatten(0, (-1, rows))
+
+
+def in_matmul_dtype(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype of matrix products."""
+    return x.to(matmul_dtype(x))
 
 
 def cast_matrices(parameters, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -127,8 +135,9 @@ class TrainingModel(nn.Module):
         maybe_compile = functools.partial(torch.compile, dynamic=False) if compiled else lambda f: f
         model, head, self.compiled = self.model, self.head[0], compiled
         # The compiler keeps a cache for each function in the source, so each has a lambda.
-        self.hidden = maybe_compile(lambda idx: model.hidden(idx))
-        self.eval_hidden = maybe_compile(lambda idx: model.hidden(idx))
+        # The products of the head need no more digits than its dtype has.
+        self.hidden = maybe_compile(lambda idx: in_matmul_dtype(model.hidden(idx)))
+        self.eval_hidden = maybe_compile(lambda idx: in_matmul_dtype(model.hidden(idx)))
         self.train_loss = maybe_compile(lambda *arguments: head.with_parameters(*arguments))
         self.eval_loss = maybe_compile(lambda *arguments: head.with_parameters(*arguments))
 
@@ -148,4 +157,6 @@ class TrainingModel(nn.Module):
     def arguments(self, x, targets) -> tuple:
         """Those of `ChunkedLoss` after `loss_fn`. Eager mode needs more memory for each row."""
         most = CHUNK_ROWS[x.device.type] // (1 if self.compiled else 2)
+        if matmul_dtype(x) == torch.float16:
+            most = min(most, FLOAT16_ROWS)
         return x.flatten(0, 1), targets.flatten(), most, *self.head[0].used.values()

@@ -89,6 +89,24 @@ def test_bfloat16_loss_is_close():
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients.values())
 
 
+def test_the_gradient_of_the_head_does_not_overflow_in_float16(monkeypatch):
+    """8,192 tokens whose hidden states point the same way and whose target is the same: the sum
+    over all rows, 245,760, is not a number of float16. The sum over each chunk is."""
+    monkeypatch.setitem(fused_loss.CHUNK_ROWS, "cpu", 8192)
+    model, rows = make_model(vocab_size=100), 8192
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    x = torch.full((1, rows, model.config.n_embd), 30.0)
+    y = torch.full((1, rows), 7)
+    training = TrainingModel(model, compiled=False)
+    with torch.autocast("cpu", torch.float16):
+        (training.loss(x, y) / rows).backward()
+    gradient = model.lm_head.weight.grad
+    assert gradient[7].eq(gradient[7, 0]).all()
+    assert gradient[7, 0].item() == pytest.approx(-30 * 99 / 100, rel=1e-3)
+    assert gradient[8, 0].item() == pytest.approx(30 / 100, rel=1e-3)
+
+
 def test_logits_of_all_tokens_never_exist_at_once(monkeypatch):
     """In eager mode no chunk has more rows than half of CHUNK_ROWS, in training and validation."""
     monkeypatch.setitem(fused_loss.CHUNK_ROWS, "cpu", 8)
