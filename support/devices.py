@@ -1,5 +1,6 @@
 """What a device can do: which one to use, in which dtype, and how fast it could be."""
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -140,6 +141,21 @@ def peak_memory_mib(device: torch.device) -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak >> (20 if sys.platform == "darwin" else 10)  # in bytes there, elsewhere in KiB
+
+
+@contextlib.contextmanager
+def without_cudnn_attention():
+    """A context for calls of attention whose shapes vary: CUDA uses another backend than cuDNN.
+
+    cuDNN builds a plan for each new shape, which takes 42 to 400 ms; in decoding each token has a
+    new one. (`sdpa_kernel` would take longer, and enable backends that the caller has disabled.)
+    """
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
 def keep_freed_memory() -> None:

@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from support import tokenizer
+from support.devices import without_cudnn_attention
 from support.distributed import Runtime
 from support.errors import UserError
 
@@ -79,7 +80,9 @@ def stream(model, idx, max_new_tokens, stop=None, slide=1, **sampling):
     caches = [KVCache(length) for _ in model.transformer.h]
     stopped = torch.zeros_like(seen[:, :1], dtype=torch.bool)
     for _ in range(max_new_tokens):
-        logits = model.logits(model.hidden(new, caches=caches)[:, -1]).float()
+        with without_cudnn_attention():  # not around `yield`: it is for the calls here only
+            x = model.hidden(new, caches=caches)[:, -1]
+        logits = model.logits(x).float()
         if new is seen and not logits.isfinite().all():  # checked where a GPU has to be waited for
             raise UserError("the logits are not finite; train again with a lower --max_lr")
         new = sample_ids(logits, **sampling)

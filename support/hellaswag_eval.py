@@ -26,6 +26,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from support import tokenizer
+from support.devices import without_cudnn_attention
 from support.distributed import Runtime
 from support.errors import UserError
 from support.files import replacing
@@ -365,7 +366,8 @@ def token_losses(model, batch, scored) -> torch.Tensor:
     causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
     same = segments[:, None, :] == segments[:, :, None]  # (B, T, T): query, key
     mask = causal & (same | (segments == 0)[:, None, :])
-    x = model.hidden(tokens, positions, mask[:, None]).flatten(0, 1)[scored]  # (N, C)
+    with without_cudnn_attention():
+        x = model.hidden(tokens, positions, mask[:, None]).flatten(0, 1)[scored]  # (N, C)
     most = CHUNK_ROWS[x.device.type] // 2  # as in training in eager mode
     chunks = zip(*cut(x, targets.flatten()[scored], most))
     return torch.cat([model.token_losses(model.logits(x), y) for x, y in chunks])[: len(scored)]

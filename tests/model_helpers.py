@@ -2,6 +2,7 @@
 
 import torch
 from conftest import ROOT
+from torch.nn import functional as F
 
 import train_gpt2
 from support import tokenizer
@@ -46,6 +47,18 @@ def with_ignored(y, fraction: float):
     if fraction:
         y[0] = IGNORE_INDEX
     return y
+
+
+def record_cudnn(monkeypatch) -> list[bool]:
+    """A list to which each call of attention adds whether cuDNN may be chosen for it."""
+    attention, found = F.scaled_dot_product_attention, []
+
+    def spy(*args, **kwargs):
+        found.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    return found
 
 
 def relative_error(a, b) -> float:

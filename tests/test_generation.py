@@ -5,7 +5,7 @@ Oracles: transformers' `generate` and logits processors, and the plain loop over
 
 import pytest
 import torch
-from model_helpers import V, make_model, random_ids
+from model_helpers import V, make_model, random_ids, record_cudnn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
@@ -182,6 +182,24 @@ def test_a_cache_does_not_change_the_hidden_states():
         plain = model.hidden(ids)
         caches = [KVCache(8) for _ in range(2)]
         assert torch.equal(model.hidden(ids, caches=caches), plain)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_cudnn_attention_is_disabled_in_each_call_and_only_there(before, monkeypatch):
+    """For the prompt, for cached tokens and past the window; not between the tokens."""
+    cudnn, found = torch.backends.cuda, record_cudnn(monkeypatch)
+    model, was = make_model(block_size=8), cudnn.cudnn_sdp_enabled()
+    cudnn.enable_cudnn_sdp(before)
+    try:
+        for _ in stream(model, random_ids(2, 6), 5):
+            assert cudnn.cudnn_sdp_enabled() == before
+        assert found == [False] * 5 * 2  # tokens, layers
+        monkeypatch.setattr(model, "hidden", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.generate(random_ids(1, 3), 2)
+        assert cudnn.cudnn_sdp_enabled() == before
+    finally:
+        cudnn.enable_cudnn_sdp(was)
 
 
 @pytest.mark.gpt2

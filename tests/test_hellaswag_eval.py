@@ -37,9 +37,11 @@ from hellaswag_helpers import (
     text,
     write_examples,
 )
+from model_helpers import record_cudnn
 from torch.nn import functional as F
 
 import hellaswag
+import train_gpt2
 from support import devices, hellaswag_eval, tokenizer
 from support.distributed import Runtime
 from support.errors import UserError
@@ -365,6 +367,16 @@ def test_memory_stays_flat(monkeypatch):
     held = held[::9]
     assert held[-1] - held[0] < 4 * tokens + 10_000  # batches differ by less
     assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_cudnn_attention_is_for_the_training_step_only(small, monkeypatch):
+    """Scoring has many shapes, for each of which cuDNN would build a plan; a step has one."""
+    config, found = small(max_steps=1), record_cudnn(monkeypatch)
+    train_gpt2.train(config)
+    assert len(found) >= config.n_layer and all(found)
+    found.clear()
+    hellaswag_eval.ending_losses(make_model(), make_questions(EXAMPLES), ALONE)
+    assert found and not any(found) and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_bfloat16_is_close_and_does_not_change_the_model():
