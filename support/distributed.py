@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -111,6 +112,11 @@ def initialize(
 # Process group
 
 _monitor = None  # (gloo group, timeout of its barrier): finds out which rank does not answer
+FIRST_ALL_REDUCE_S = 60  # most seconds that the first one on GPUs may take
+NCCL_REMEDY = (
+    "if all processes run, their GPUs may not reach each other: set NCCL_P2P_DISABLE=1, and for "
+    "several nodes also NCCL_IB_DISABLE=1; NCCL_DEBUG=INFO shows the connections"
+)
 
 
 class LostProcess(UserError):
@@ -118,11 +124,17 @@ class LostProcess(UserError):
 
     code = 3
 
+    @property
+    def ends_at_once(self) -> bool:
+        """With NCCL: its kernels wait for the lost process, and its teardown waits for them."""
+        return dist.is_initialized() and dist.get_backend() == "nccl"
+
 
 def join_process_group(rank: int, world_size: int, device, timeout_s: float) -> None:
     """Creates the default process group: nccl on CUDA, gloo elsewhere.
 
-    Raises UserError if the address of rank 0 is not usable, LostProcess if a rank does not come.
+    Raises UserError if the address of rank 0 is not usable, LostProcess if a rank does not come or
+    the GPUs do not reach each other.
     """
     global _monitor
     address, port = read_address()
@@ -141,6 +153,8 @@ def join_process_group(rank: int, world_size: int, device, timeout_s: float) -> 
                 f"MASTER_PORT={port}: in use on {address}; choose another port, the same for all "
                 "processes"
             ) from None
+        if isinstance(error, dist.DistBackendError):  # of NCCL; the processes have met
+            raise LostProcess(f"rank {rank}: NCCL failed ({reason}); {NCCL_REMEDY}") from None
         raise LostProcess(
             f"rank {rank}: not all of {world_size} processes met at {address}:{port} within "
             f"timeout_s={timeout_s} ({reason}); start all of them with the same address"
@@ -149,6 +163,35 @@ def join_process_group(rank: int, world_size: int, device, timeout_s: float) -> 
     # The other ranks wait for the answer of rank 0 a little longer than it waits for them.
     group_timeout = timedelta(seconds=2 * answer_s + 5)
     _monitor = dist.new_group(backend="gloo", timeout=group_timeout), timedelta(seconds=answer_s)
+    if device.type == "cuda":
+        check_all_reduce(rank, device, min(timeout_s, FIRST_ALL_REDUCE_S))
+
+
+def check_all_reduce(rank: int, device, limit_s: float) -> None:
+    """Waits for a first all-reduce over all ranks; all of them must call it.
+
+    NCCL connects the GPUs in the first one, and if they do not reach each other, that call or its
+    kernel never ends. So a thread waits for both, less long than NCCL's own timeout, which ends the
+    process without naming a rank.
+    Raises LostProcess if it fails, or is not done within `limit_s` seconds.
+    """
+    tensor = torch.ones(1, device=device)
+
+    def all_reduce() -> None:
+        dist.all_reduce(tensor)
+        torch.cuda.synchronize(device)
+
+    pool = ThreadPoolExecutor(max_workers=1)
+    try:
+        pool.submit(all_reduce).result(limit_s)
+    except (TimeoutError, dist.DistError) as error:
+        reason = " ".join(str(error).split())[:200] or f"not done within {limit_s:g} s"
+        found = find_missing(rank) or "all ranks answer"
+        raise LostProcess(
+            f"rank {rank}: the first all-reduce on the GPUs failed ({reason}): {found}; "
+            f"{NCCL_REMEDY}"
+        ) from None
+    pool.shutdown()
 
 
 def leave_group() -> None:
@@ -197,10 +240,14 @@ def create_store(rank: int, world_size: int, timeout: timedelta):
 
 
 def find_missing(rank: int) -> str:
-    """Which ranks do not answer, as far as torch can find out; all ranks must call it."""
+    """Which ranks do not answer, as far as torch can find out; "" if all do.
+
+    All ranks must call it.
+    """
     group, timeout = _monitor
     try:
         dist.monitored_barrier(group, timeout, wait_all_ranks=True)
+        return ""
     except RuntimeError as error:
         if ranks := re.search(r"Ranks ([\d, ]+) failed", str(error)):
             return f"no answer from rank {ranks[1]}"
@@ -227,5 +274,5 @@ def naming_lost_ranks(remedy: str = "the same command continues from the last ch
         if not _monitor or not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
             raise
         rank = dist.get_rank()
-        missing = find_missing(rank)
+        missing = find_missing(rank) or "another process has ended"
         raise LostProcess(f"rank {rank}: {missing} ({str(error)[:200]}); {remedy}") from None

@@ -13,6 +13,7 @@ class UserError(Exception):
     """An error that the user can correct: the message names the file or setting and the remedy."""
 
     code = 2  # exit code of the program
+    ends_at_once = False  # whether the interpreter's teardown is skipped, because it may hang
 
 
 class SettingError(UserError):
@@ -43,6 +44,9 @@ def run_main(main, alone: bool = False) -> None:
     except UserError as error:
         if alone or not (isinstance(error, SettingError) and environment_rank() > 0):
             print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+        if error.ends_at_once:
+            sys.stdout.flush()
+            os._exit(error.code)
         sys.exit(error.code)
     except BrokenPipeError:
         # Python flushes standard output once more when it exits; that must not fail again.

@@ -1,11 +1,15 @@
 """Joining the processes of a run: an address that cannot be used, and ranks that never come."""
 
 import socket
+import subprocess
+import sys
 
 import pytest
+import torch
 import torch.distributed as dist
-from conftest import assert_one_line
+from conftest import ROOT, assert_one_line, environment
 
+from support import distributed
 from support.distributed import initialize
 from support.errors import SettingError, run_main
 from support.launch import Launch, read_launch
@@ -60,3 +64,105 @@ def test_a_port_in_use_is_refused(join):
         code, error = join(0, port)
     assert code == 2, error
     assert_one_line(error, (f"MASTER_PORT={port}", "in use"))
+
+
+# -------------------------------------------------------------------------------------------------
+# NCCL, simulated by gloo: a collective on a GPU only starts a kernel, and the wait for the device
+# may never end, in the run or in the teardown of the process.
+
+ON_GPUS = """
+import atexit, sys, threading
+import torch
+import torch.distributed as dist
+from support import distributed
+from support.errors import run_main
+
+fault, rank = sys.argv[1], int(sys.argv[2])
+init, ones, never = dist.init_process_group, torch.ones, threading.Event()
+
+def start_kernel(tensor):
+    if fault == "the call fails":
+        raise dist.DistBackendError("NCCL error: unhandled system error")
+    if fault == "the call hangs":
+        never.wait()
+
+def synchronize(device):
+    if fault in ("the kernel hangs", "a rank hangs"):
+        never.wait()
+
+def init_nccl(backend, device_id, **group):
+    assert backend == "nccl" and device_id == torch.device("cuda", rank)
+    init("gloo", **group)
+
+def join():
+    distributed.join_process_group(rank, 2, torch.device("cuda", rank), timeout_s=2)
+    print("joined")
+
+dist.init_process_group, dist.all_reduce = init_nccl, start_kernel
+torch.cuda.synchronize = synchronize
+torch.ones = lambda *shape, device: ones(*shape)
+dist.get_backend = lambda: "nccl"
+atexit.register(lambda: fault == "none" or never.wait())
+if fault == "a rank hangs" and rank == 1:
+    distributed.check_all_reduce = lambda *_: never.wait()
+run_main(join)
+"""
+
+
+def join_on_gpus(fault: str, port: int) -> list[subprocess.Popen]:
+    """Two processes that join, with a fault."""
+    variables = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2")
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", ON_GPUS, fault, str(rank)], cwd=ROOT, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, env=environment(**variables, RANK=str(rank)),
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "fault, reason",
+    [
+        ("the kernel hangs", "not done within 2 s"),
+        pytest.param("the call hangs", "not done within 2 s", marks=pytest.mark.faults),
+        pytest.param("the call fails", "unhandled system error", marks=pytest.mark.faults),
+        ("none", ""),
+    ],
+)
+def test_gpus_that_do_not_reach_each_other_are_reported(fault, reason, free_port):
+    """By each rank, in one line with the remedy; the process ends though its teardown would not."""
+    for rank, process in enumerate(join_on_gpus(fault, free_port)):
+        output, errors = process.communicate(timeout=120)
+        if fault == "none":
+            assert process.returncode == 0 and output == "joined\n", errors
+            continue
+        assert process.returncode == 3, errors
+        line = errors[errors.index("error: ") :]
+        words = (f"rank {rank}: ", reason, "all ranks answer", "NCCL_P2P_DISABLE=1")
+        assert_one_line(line, words)
+
+
+def test_a_rank_that_hangs_in_front_of_the_first_all_reduce_is_named(free_port):
+    first, second = join_on_gpus("a rank hangs", free_port)
+    errors = first.communicate(timeout=120)[1]
+    assert first.returncode == 3, errors
+    assert_one_line(errors[errors.index("error: ") :], ("no answer from rank 1",))
+    second.kill()
+    second.communicate()
+
+
+def test_an_error_of_nccl_at_the_start_has_its_remedy(monkeypatch):
+    """Not that of processes that do not meet."""
+
+    def fail(*_, **__):
+        raise dist.DistBackendError("NCCL error in: NCCLUtils.cpp:94, unhandled system error")
+
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setattr(distributed, "create_store", lambda *_: None)
+    monkeypatch.setattr(dist, "init_process_group", fail)
+    words = "rank 1.*NCCLUtils.*NCCL_P2P_DISABLE=1"
+    with pytest.raises(distributed.LostProcess, match=words) as lost:
+        distributed.join_process_group(1, 2, torch.device("cuda", 0), timeout_s=2)
+    assert "met" not in str(lost.value)
