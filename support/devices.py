@@ -21,7 +21,8 @@ PEAK_TFLOPS = {
     "RTX 6000 Ada": 364.2,
     "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 4080": 97.5, "RTX 3090": 71, "V100": 125, "T4": 65,
 }  # fmt: skip
-NVIDIA_DEVICE, NVIDIA_DRIVER = Path("/dev/nvidia0"), Path("/proc/driver/nvidia/version")
+INSTALL_TORCH = "https://pytorch.org/get-started/locally"
+NVIDIA_DEVICES, NVIDIA_DRIVER = Path("/dev"), Path("/proc/driver/nvidia/version")
 
 
 def validate_device_and_dtype(device: str, dtype: str) -> None:
@@ -41,8 +42,9 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "auto":
         name = "cuda" if cuda else "mps" if mps else "cpu"
         hidden = "CUDA_VISIBLE_DEVICES" in os.environ  # perhaps by the user
-        if name == "cpu" and NVIDIA_DEVICE.exists() and not hidden:
-            print0(describe_unused_gpu(), file=sys.stderr)
+        gpu = min(NVIDIA_DEVICES.glob("nvidia[0-9]*"), default=None)
+        if name == "cpu" and gpu and not hidden:
+            print0(describe_unused_gpu(gpu), file=sys.stderr)
     device = torch.device(name)
     if device.type == "mps" and not mps:
         raise SettingError("device='mps': not available on this machine; --device=cpu always is")
@@ -60,6 +62,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
             )
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
+        if warning := describe_missing_kernels(device):
+            print0(warning, file=sys.stderr)
     return device
 
 
@@ -73,14 +77,46 @@ def use_in_thread(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def describe_unused_gpu() -> str:
-    """Why this torch may not find the NVIDIA GPU of this machine, and what to do."""
+def describe_unused_gpu(gpu: Path) -> str:
+    """Why this torch may not find an NVIDIA GPU of this machine, and what to do."""
     driver = re.search(r"\d+\.\d+(\.\d+)?", read_text(NVIDIA_DRIVER))
     built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only"
     return (
-        f"{NVIDIA_DEVICE} is there, but torch {torch.__version__}, built for {built_for}, cannot "
-        f"use it (driver {driver[0] if driver else 'unknown'}); using the CPU. Install a torch for "
-        "a CUDA version that the driver has: https://pytorch.org/get-started/locally"
+        f"{gpu} is there, but torch {torch.__version__}, built for {built_for}, cannot "
+        f"use it (driver {driver[0] if driver else 'unknown'}{driver_cuda()}); using the CPU. "
+        f"Install a torch for a CUDA version that the driver has: {INSTALL_TORCH}"
+    )
+
+
+def driver_cuda() -> str:
+    """The newest CUDA of the NVIDIA driver, as ", up to CUDA 12.4"; "" if it does not say."""
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return ""
+    return f", up to CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+
+
+def describe_missing_kernels(device: torch.device) -> str:
+    """Why this torch has no kernels for a CUDA device, and what to do; "" if it has."""
+    built_for = torch.cuda.get_arch_list() if torch.version.cuda else []  # gfx... with ROCm
+    names = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name) for name in built_for]
+    if not names or None in names:  # none, or of a form that is not known here
+        return ""
+    capability = torch.cuda.get_device_capability(device)
+    for kind, *version, suffix in (name.groups() for name in names):
+        built = tuple(map(int, version))
+        # Machine code (sm) runs on later devices of its generation, PTX (compute) on all later
+        # ones, and what is built for a device's own features (a) only there.
+        same = built == capability if suffix == "a" else built[0] == capability[0]
+        if built <= capability and (same or (kind == "compute" and not suffix)):
+            return ""
+    major, minor = capability
+    return (
+        f"{device_name(device)} has the architecture sm_{major}{minor}, for which torch "
+        f"{torch.__version__} is not built ({', '.join(built_for)}); install one that is: "
+        f"{INSTALL_TORCH}"
     )
 
 
@@ -129,6 +165,43 @@ def dtype_name(dtype: torch.dtype) -> str:
 def device_name(device: torch.device) -> str:
     """The name of a GPU's model; of other devices their type."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def cudnn_version() -> str | None:
+    """The version of cuDNN that torch uses; None if it has none."""
+    version = torch.backends.cudnn.version()  # 9.20.0 as 92000
+    return version and f"{version // 10000}.{version // 100 % 100}.{version % 100}"
+
+
+def attention_backend(device: torch.device, dtype, n_head: int, n_embd: int, T: int) -> str | None:
+    """The kernel that a training step uses for attention; None if torch does not say.
+
+    dtype: of queries, keys and values; T: tokens in a row
+    """
+    try:
+        x = torch.empty(1, T, 3 * n_embd, device=device, dtype=dtype, requires_grad=True)
+        q, k, v = (y.view(1, T, n_head, -1).transpose(1, 2) for y in x.split(n_embd, dim=2))
+        choice = torch._fused_sdp_choice(q, k, v, is_causal=True)
+        return {0: "math", 1: "flash", 2: "efficient", 3: "cuDNN"}[int(choice)]
+    except Exception:  # a private function; a run does not need its answer
+        return None
+
+
+def describe_system(name: str, dtype_name: str, n_head: int, n_embd: int, T: int) -> str:
+    """The versions and the device of a run, e.g. "torch 2.13.0 | CUDA 13.0 | ... | NVIDIA H100".
+
+    name: of the device, as `device_name` has it; others as in `attention_backend`, which is of the
+        current CUDA device
+    """
+    parts = [f"torch {torch.__version__}"]
+    if torch.cuda.is_available() and name not in ("cpu", "mps"):
+        cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+        cudnn, dtype = torch.version.cuda and cudnn_version(), getattr(torch, dtype_name)
+        backend = attention_backend(torch.device("cuda"), dtype, n_head, n_embd, T)
+        parts += [cuda, cudnn and f"cuDNN {cudnn}", name, backend and f"attention: {backend}"]
+    else:
+        parts.append(name)
+    return " | ".join(filter(None, parts))
 
 
 def peak_memory_mib(device: torch.device) -> int | None:

@@ -231,6 +231,8 @@ def describe_software() -> dict:
     import numpy
     import torch
 
+    from support.devices import cudnn_version
+
     def git(*arguments: str) -> bytes:
         try:
             options = ["-c", f"safe.directory={ROOT}", "-C", ROOT]  # another user may own it
@@ -243,6 +245,7 @@ def describe_software() -> dict:
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "cuda": torch.version.cuda,
+        "cudnn": cudnn_version(),
     }
     commit = git("rev-parse", "--verify", "--quiet", "HEAD").decode().strip()
     diff = git("diff", "HEAD")

@@ -4,7 +4,7 @@ import contextlib
 import math
 from pathlib import Path
 
-from support import checkpoint, run_log, trackers
+from support import checkpoint, devices, run_log, trackers
 from support.after_checkpoint import AfterCheckpoint
 from support.device_clock import Instant
 from support.distributed import naming_lost_ranks
@@ -40,12 +40,14 @@ class RunOutput:
     def print_setup(
         self, B: int, epochs: float, lengths: dict[str, int], newest: Path | None, earlier: dict
     ) -> None:
-        """Prints what is trained, on what, and where it starts.
+        """Prints the software and the device, what is trained, on what, and where it starts.
 
         lengths: tokens of each validation set; newest: checkpoint to continue; earlier: `run.json`
         of the run that is continued, or {}
         """
         r, s = self.record, self.record["settings"]
+        shape = s["n_head"], s["n_embd"], s["T"]
+        print0(devices.describe_system(r["device"], r["dtype"], *shape))
         rows = s["total_batch_size"] // s["T"]
         micro_steps = math.ceil(math.ceil(rows / r["world_size"]) / B)
         print0(

@@ -71,12 +71,23 @@ def test_dtype_of_matrix_products_is_that_of_autocast():
     assert devices.matmul_dtype(x.double()) is torch.float64
 
 
+class FakeDriver:
+    """libcuda of CUDA 12.4."""
+
+    def __init__(self, name):
+        assert name == "libcuda.so.1"
+
+    def cuDriverGetVersion(self, pointer):  # noqa: N802
+        pointer._obj.value = 12040
+
+
 @pytest.mark.parametrize("cuda, built_for", [("12.8", "CUDA 12.8"), (None, "CPUs only")])
 def test_a_gpu_that_torch_cannot_use_is_reported(monkeypatch, tmp_path, capsys, cuda, built_for):
     """The CPU is used, and one line says why; no line if there is no GPU, or the CPU was asked."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    device, driver = tmp_path / "nvidia0", tmp_path / "version"
-    monkeypatch.setattr(devices, "NVIDIA_DEVICE", device)
+    device, driver = tmp_path / "nvidia3", tmp_path / "version"  # a container may lack nvidia0
+    (tmp_path / "nvidiactl").touch()
+    monkeypatch.setattr(devices, "NVIDIA_DEVICES", tmp_path)
     monkeypatch.setattr(devices, "NVIDIA_DRIVER", driver)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -90,8 +101,10 @@ def test_a_gpu_that_torch_cannot_use_is_reported(monkeypatch, tmp_path, capsys, 
     found = capsys.readouterr().err
     assert all(part in found for part in (str(device), built_for, "driver unknown", "pytorch.org"))
     driver.write_text("NVRM version: NVIDIA UNIX Kernel Module  550.54.15  Tue Mar  5\nGCC: 12.2\n")
+    monkeypatch.setattr(devices.ctypes, "CDLL", FakeDriver)
     devices.choose_device("auto")
-    assert "driver 550.54.15" in (found := capsys.readouterr().err) and found.count("\n") == 1
+    found = capsys.readouterr().err
+    assert "(driver 550.54.15, up to CUDA 12.4)" in found and found.count("\n") == 1
 
 
 def test_a_device_that_is_not_available_is_refused(monkeypatch):
@@ -102,3 +115,80 @@ def test_a_device_that_is_not_available_is_refused(monkeypatch):
     for name in ("cuda:1", "mps"):
         with pytest.raises(SettingError, match=f"device='{name}'.*--device=cpu"):
             devices.choose_device(name)
+
+
+@pytest.fixture
+def h100(monkeypatch):
+    """torch for CUDA 13.0 on a machine whose only GPU is an H100, as far as devices.py asks."""
+    fakes = dict(
+        is_available=lambda: True, device_count=lambda: 1, set_device=lambda device: None,
+        get_device_name=lambda device: "NVIDIA H100 80GB HBM3",
+        get_device_capability=lambda device: (9, 0), get_arch_list=lambda: ["sm_80", "sm_90"],
+    )  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 92000)
+    monkeypatch.setattr(torch, "__version__", "2.13.0")
+
+
+@pytest.mark.parametrize("built_for, capability, fits", [
+    ("sm_80 sm_90", (9, 0), True),
+    ("sm_80 sm_90", (8, 9), True),  # a later device of the same generation
+    ("sm_86 sm_90", (8, 0), False),
+    ("sm_75 sm_80 sm_90", (7, 0), False),
+    ("sm_90", (10, 0), False),
+    ("sm_90 compute_90", (10, 0), True),
+    ("sm_120 compute_120", (10, 0), False),
+    ("sm_100 sm_120", (12, 1), True),
+    ("sm_90a", (9, 0), True),
+    ("sm_100a compute_100a", (10, 3), False),
+    ("sm_100f", (10, 3), True),
+    ("", (9, 0), True),  # torch does not say
+    ("sm_new", (9, 0), True),
+])  # fmt: skip
+def test_a_gpu_without_kernels_in_this_torch_is_reported(
+    h100, monkeypatch, capsys, built_for, capability, fits
+):
+    monkeypatch.setattr(torch.cuda, "get_arch_list", built_for.split)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert devices.choose_device("auto") == torch.device("cuda", 0)
+    found = capsys.readouterr().err
+    assert found.count("\n") == (not fits)
+    words = (
+        "H100",
+        "sm_{}{}".format(*capability),
+        "2.13.0",
+        built_for.split(" ")[0],
+        "pytorch.org",
+    )
+    assert fits or all(word in found for word in words)
+
+
+def test_the_start_line_names_software_device_and_attention(h100, monkeypatch):
+    shapes, empty = [], torch.empty
+
+    def choose(q, k, v, is_causal):
+        assert is_causal and q.requires_grad and q.dtype == torch.bfloat16
+        shapes.append([tuple(x.shape) for x in (q, k, v)])
+        return answers.pop()
+
+    monkeypatch.setattr(torch, "empty", lambda *shape, device, **more: empty(*shape, **more))
+    monkeypatch.setattr(torch, "_fused_sdp_choice", choose)
+    answers, start = [1, 3], "torch 2.13.0 | CUDA 13.0 | cuDNN 9.20.0 | NVIDIA H100 80GB HBM3"
+    arguments = "NVIDIA H100 80GB HBM3", "bfloat16", 12, 768, 1024
+    assert devices.describe_system(*arguments) == f"{start} | attention: cuDNN"
+    assert devices.describe_system(*arguments) == f"{start} | attention: flash"
+    assert devices.describe_system(*arguments) == start  # an error (of the empty list) is no answer
+    assert shapes[0] == [(1, 12, 1024, 64)] * 3
+    monkeypatch.delattr(torch, "_fused_sdp_choice")
+    assert devices.describe_system(*arguments) == start
+    assert devices.describe_system("cpu", "float32", 12, 768, 1024) == "torch 2.13.0 | cpu"
+
+
+def test_the_attention_kernel_is_the_one_that_torch_chooses():
+    """torch's own function, on this CPU: flash, and the plain one if that is disabled."""
+    arguments = torch.device("cpu"), torch.float32, 2, 32, 16
+    assert devices.attention_backend(*arguments) == "flash"
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert devices.attention_backend(*arguments) == "math"

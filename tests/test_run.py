@@ -35,12 +35,14 @@ def test_tiny_runs_from_any_directory(tmp_path):
     ]  # fmt: skip
 
 
-def test_run_json_records_the_run(small):
+def test_run_json_records_the_run(small, capsys):
     config = small()
     train_gpt2.train(config)
+    assert capsys.readouterr().out.startswith(f"torch {torch.__version__} | ")
     record = json.loads((Path(config.log_dir) / "run.json").read_text())
     assert record["settings"]["max_lr"] == config.max_lr and record["finished_step"] == 4
     assert record["versions"]["torch"] == torch.__version__
+    assert {"cuda", "cudnn"} <= set(record["versions"])
     assert (
         record["parameters"]
         == train_gpt2.GPT.from_pretrained(Path(config.log_dir) / "step_00004").num_parameters()
