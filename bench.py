@@ -54,7 +54,7 @@ class Config:
     peer: str = ""  # directory of another GPT-2 program to time in the same way
     ladder: bool = False  # instead of the parts: from plain float32 upwards, one change at a time
     rounds: int = 3  # timed turns of each program
-    B: int = 0  # rows of a training step; 0: 4 on a CPU, 32 on a GPU
+    B: int = 0  # rows of a training step; 0: 4 on a CPU, 32 on a GPU, 16 there with --ladder
     T: int = 1024  # tokens in each row
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads per block
@@ -79,7 +79,6 @@ def choose_runtime(config: Config) -> Runtime:
 
 # -------------------------------------------------------------------------------------------------
 # The ladder: each rung adds one change to those before it
-
 
 # Karpathy's lecture took the first seven on an A100 in 1000, 333, 300, 130, 96, 93 and 90 ms
 # (B = 16, T = 1024).
@@ -384,7 +383,6 @@ def find_examples(config: Config, count: int) -> list[dict]:
 # -------------------------------------------------------------------------------------------------
 # Turns, tables and parts
 
-
 _programs = {}  # {name: Program} of this process, which is the process of one program
 
 
@@ -394,8 +392,9 @@ def do_turn(name: str, config: Config, part: str) -> dict:
         _programs[name] = PROGRAMS[name](config)
     program = _programs[name]
     figures = getattr(program, part)() | {"peak_mb": program.peak_mb()}
-    if program.device.type == "cuda":
-        torch.cuda.empty_cache()  # memory for the other programs of the part
+    if program.device.type == "cuda":  # memory for the other programs of the part
+        program.model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
     return figures
 
 
@@ -427,11 +426,12 @@ def summarize(values: list[float]) -> dict:
 
 
 def find_rates(results: dict[str, list], config: Config, machine: dict) -> dict[str, dict]:
-    """{program: its figures} of what `take_turns` returns: units a second, peak_mb, the ratio to
-    transformers; of training steps also their milliseconds and shares of the machine's peak."""
+    """{program: its figures} of what `take_turns` returns: units a second, also in turn 0, peak_mb,
+    ratio to transformers; of training steps also milliseconds and shares of the machine's peak."""
     rates = {}
     for name, (first, *timed) in results.items():
         rate = summarize([turn["count"] / turn["seconds"] for turn in timed])
+        rate["first"] = first["count"] / first["seconds"]
         rate["peak_mb"] = max(turn["peak_mb"] for turn in (first, *timed))
         rates[name] = rate
         if "transformers" in rates:
@@ -489,6 +489,7 @@ def bench_programs(part: str, title: str, unit: str, config: Config, machine: di
     names += ["peer"] if config.peer else []
     rates = find_rates(take_turns(part, names, config), config, machine)
     columns = {unit: "{median:,.1f}", "spread": SPREAD}
+    columns |= {"first turn": "{first:,.1f}"} if part == "sample" else {}  # warms the caches up
     columns |= {"of transformers": "{of_transformers:.2f} x", "peak MB": "{peak_mb:,.0f}"}
     print_table(f"{title}, {machine['dtype']}", columns, rates)
     return rates
@@ -546,12 +547,11 @@ def bench_optimizer(config: Config, machine: dict) -> dict:
     return found
 
 
-SAMPLING = "Sampling 4 x 120 tokens"
 PARTS = {
     "matmul": bench_matmul,
     "train": bench_train,
     "hellaswag": functools.partial(bench_programs, "hellaswag", "HellaSwag", "examples/s"),
-    "sample": functools.partial(bench_programs, "sample", SAMPLING, "tokens/s"),
+    "sample": functools.partial(bench_programs, "sample", "Sampling 4 x 120 tokens", "tokens/s"),
     "optimizer": bench_optimizer,
 }
 
@@ -604,11 +604,10 @@ def main() -> int:
     config = cli.parse(Config, {}, sys.argv[1:], "Speed of GPT-2 on this machine.")
     parts = validate(config)
     runtime = choose_runtime(config)
-    B = config.B or (4 if runtime.device.type == "cpu" else 32)
-    config, machine = dataclasses.replace(config, B=B), describe_machine(runtime)
+    B = 4 if runtime.device.type == "cpu" else 16 if config.ladder else 32
+    config, machine = dataclasses.replace(config, B=config.B or B), describe_machine(runtime)
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    print(f"{machine['device']}; {versions}; {machine['date']}")
-    print(f"{machine['command']}", flush=True)
+    print(f"{machine['device']}; {versions}; {machine['date']}\n{machine['command']}", flush=True)
     run = {"ladder": bench_ladder} if config.ladder else {part: PARTS[part] for part in parts}
     found = {"facts": machine} | {part: bench(config, machine) for part, bench in run.items()}
     if config.json:

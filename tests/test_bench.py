@@ -14,6 +14,7 @@ from hellaswag_helpers import make_examples, write_examples
 
 import bench
 import train_gpt2
+from support.distributed import Runtime
 from support.errors import SettingError, UserError
 
 TINY = dict(n_layer=1, n_head=2, n_embd=16, T=32, B=2, rounds=1, dtype="float32", device="cpu")
@@ -229,9 +230,44 @@ def test_rates_are_medians_of_the_timed_turns(monkeypatch, capsys):
     }
     monkeypatch.setattr(bench, "take_turns", lambda *_: results)
     found = bench.PARTS["sample"](bench.Config(**TINY), {"dtype": "float32"})
-    expected = dict(median=4.0, least=3.0, most=6.0, peak_mb=100, of_transformers=1.0)
+    expected = dict(median=4.0, least=3.0, most=6.0, first=0.12, peak_mb=100, of_transformers=1.0)
     assert found["transformers"] == expected
-    assert found["ours"]["median"] == 12.0 and "3.00 x" in capsys.readouterr().out
+    assert found["ours"]["median"] == 12.0 and "3.00 x" in (out := capsys.readouterr().out)
+    assert "first turn" in out and re.search(r"\| ours +\| 12.0 +\| [^|]+\| 0.1 +\| 3.00 x", out)
+
+
+def test_after_a_turn_a_gpu_has_its_memory_back(monkeypatch):
+    """Gradients too: the other programs of a part take their turns on the same GPU."""
+    program, freed, ids = build("ours"), [], torch.zeros(1, 4, dtype=torch.int64)
+
+    def train() -> dict:
+        program.model(ids, ids)[1].backward()
+        return {"seconds": 1}
+
+    program.device, program.train = torch.device("cuda"), train
+    monkeypatch.setattr(program, "peak_mb", lambda: 7.0)
+    monkeypatch.setattr(
+        torch.cuda, "empty_cache",
+        lambda: freed.append(all(p.grad is None for p in program.model.parameters())),
+    )  # fmt: skip
+    monkeypatch.setitem(bench._programs, "ours", program)
+    assert bench.do_turn("ours", bench.Config(**TINY), "train") == {"seconds": 1, "peak_mb": 7.0}
+    assert freed == [True]
+
+
+@pytest.mark.parametrize("arguments, B", [([], 32), (["--ladder"], 16), (["--ladder", "--B=3"], 3)])
+def test_rows_of_a_step_on_a_gpu(monkeypatch, arguments, B):
+    """The ladder has those of Karpathy's lecture."""
+    found = []
+    runtime = Runtime(0, 1, torch.device("cuda"), torch.bfloat16)
+    monkeypatch.setattr(bench, "choose_runtime", lambda config: runtime)
+    monkeypatch.setattr(bench, "describe_machine", lambda _: dict(device="", versions={}, date="",
+                                                                 command=""))  # fmt: skip
+    for name in ("bench_ladder", "bench_train"):
+        monkeypatch.setattr(bench, name, lambda config, machine: found.append(config.B))
+    monkeypatch.setitem(bench.PARTS, "train", bench.bench_train)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--only=train", *arguments])
+    assert bench.main() == 0 and found == [B]
 
 
 def test_flops_are_those_of_the_model():
