@@ -6,7 +6,7 @@ is tied to it are included; positions, norms and biases are unchanged.
 
 On a CPU that multiplies bfloat16, a product with few rows, as for the next token of a few texts, is
 limited by reading the weights, and PyTorch has a kernel that reads them in 8 bits. All other
-products first convert the matrix to the model's dtype.
+products first convert the matrix to the model's dtype, in float16 with its scales.
 """
 
 import torch
@@ -40,6 +40,8 @@ class Int8Linear(nn.Module):
         if x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(rows) <= KERNEL_ROWS:
             y = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale)
             y = y.unflatten(0, x.shape[:-1])
+        elif x.dtype == torch.float16:  # a sum of products with integers would overflow
+            y = F.linear(x, self.weight * self.scale.to(x.dtype)[:, None])
         else:
             y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -27,7 +27,7 @@ def test_rounded_rows_are_within_half_a_step():
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 40])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_product_in_8_bits_is_the_one_with_the_rounded_weights(rows, dtype, bias):
     """With the kernel and without."""
@@ -40,8 +40,20 @@ def test_a_product_in_8_bits_is_the_one_with_the_rounded_weights(rows, dtype, bi
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             found = layer(x[None])
     assert found.shape == (1, rows, 96) and found.dtype == dtype
-    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 0.003}[dtype]
     torch.testing.assert_close(found[0].float(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 50.0])
+def test_float16_neither_overflows_nor_vanishes(size):
+    """Activations of one sign and this size, in the longest row of GPT-2: 3,072."""
+    torch.manual_seed(0)
+    weight, x = torch.rand(64, 3072) * 0.02, size * (0.5 + torch.rand(10, 3072))
+    rounded, scale = quantize.round_rows(weight)
+    found = quantize.Int8Linear(rounded, scale)(x.half())
+    expected = x.half().float() @ (rounded.float() * scale.float()[:, None]).T
+    assert found.dtype == torch.float16 and expected.max() < 65504
+    torch.testing.assert_close(found.float(), expected, rtol=0.003, atol=0)
 
 
 def test_gpt2_takes_a_quarter_of_its_bytes():
