@@ -130,5 +130,6 @@ def step_if_finite(optimizer, finite: torch.Tensor, device: torch.device) -> Non
     elif optimizer.state and is_fused and device.type != "mps":
         optimizer.found_inf = (~finite).float()
         optimizer.step()
+        del optimizer.found_inf  # a later step() is not to be skipped
     elif finite:
         optimizer.step()

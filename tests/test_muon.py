@@ -197,6 +197,19 @@ def test_a_step_that_is_not_finite_changes_nothing(name):
         assert not torch.equal(before, between) and not torch.equal(between, after)
 
 
+@pytest.mark.parametrize("name", ["fused AdamW", "Muon and fused AdamW"])
+def test_a_skipped_step_does_not_skip_a_later_plain_one(name):
+    parameters = [nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(4, 8))]
+    optimizer = OPTIMIZERS[name](*parameters)
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    step_if_finite(optimizer, torch.tensor(False), CPU)
+    before = [parameter.detach().clone() for parameter in parameters]
+    optimizer.step()
+    assert not any(torch.equal(a, b) for a, b in zip(parameters, before))
+
+
 def optimizer_state(optimizer) -> list:
     """[(name, tensor)] of all state of an optimizer or of combined ones."""
     parts = getattr(optimizer, "optimizers", {"": optimizer})
