@@ -1,55 +1,109 @@
 """Muon, with the work shared by all ranks, and several optimizers used as one."""
 
-import itertools
+import math
 
 import torch
 import torch.distributed as dist
 
 from support.errors import SettingError
 
+# One function: PyTorch 2.13 warns of the second name, earlier versions lack the first.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-class Muon(torch.optim.Muon):
-    """PyTorch's Muon for weights that hold several matrices, with its work shared by all ranks.
 
-    The key `parts` of a parameter group says how many matrices its weights hold, one above the
-    other. Each rank orthogonalizes a share of all matrices and broadcasts the results. Every rank
-    keeps every momentum, which costs little, so the optimizer's state is the same on all ranks.
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for weights that hold several matrices, its work shared by ranks.
+
+    params: weights (rows, columns), or groups of them; the key `parts` of a group says how many
+    matrices each of its weights holds, one above the other
+    Every rank keeps every momentum, which costs little, so the optimizer's state is the same on all
+    ranks. On a CPU a step has the bits of torch.optim.Muon's, on any number of ranks.
     """
 
-    @torch.no_grad()
-    def step(self) -> None:
-        self.matrices = []
-        super().step()
-        if dist.is_initialized():
-            owners = itertools.cycle(range(dist.get_world_size()))
-            sent = [dist.broadcast(m, next(owners), async_op=True) for m in self.matrices]
-            for work in sent:
-                work.wait()
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.1):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, parts=1))
 
-    def _init_group(self, group, params, grads, momenta):
-        result = super()._init_group(group, params, grads, momenta)
-        lists = params, grads, momenta
-        split = [[part for t in tensors for part in t.chunk(group["parts"])] for tensors in lists]
-        for tensors in lists:
-            tensors.clear()
-        rank, world_size = 0, 1
-        if dist.is_initialized():
-            rank, world_size = dist.get_rank(), dist.get_world_size()
-        for matrix, grad, momentum in zip(*split):
-            if len(self.matrices) % world_size == rank:
-                for tensors, tensor in zip(lists, (matrix, grad, momentum)):
-                    tensors.append(tensor)
-            else:  # another rank updates this matrix
-                momentum.lerp_(grad, 1 - group["momentum"])
-            self.matrices.append(matrix)
-        return result
+    @torch.no_grad()
+    def step(self, finite: torch.Tensor | None = None) -> None:
+        """Updates the weights; the host does not wait for the device.
+
+        finite: bool scalar on the device; if false, weights and momentum stay as they are
+        """
+        if finite is None:
+            device = self.param_groups[0]["params"][0].device
+            finite = torch.ones((), dtype=torch.bool, device=device)
+        updates = [
+            (weight, group, self.average_gradient(weight, group["momentum"], finite))
+            for group in self.param_groups
+            for weight in group["params"]
+            if weight.grad is not None
+        ]
+        orthogonalize_shared([m for _, group, u in updates for m in u.chunk(group["parts"])])
+        for weight, group, update in updates:
+            lr, ratio = group["lr"], weight.size(0) / group["parts"] / weight.size(1)
+            new = weight.mul(1 - lr * group["weight_decay"])
+            new.add_(update, alpha=-lr * math.sqrt(max(1, ratio)))
+            torch.where(finite, new, weight, out=weight)
+
+    def average_gradient(self, weight, decay: float, finite: torch.Tensor) -> torch.Tensor:
+        """Updates the momentum; returns what is orthogonalized, Nesterov's average, in bfloat16."""
+        if not self.state[weight]:
+            self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        momentum = self.state[weight]["momentum_buffer"]
+        new = momentum.lerp(weight.grad, 1 - decay)
+        torch.where(finite, new, momentum, out=momentum)
+        return weight.grad.lerp(new, decay).bfloat16()
+
+
+def orthogonalize_shared(matrices: list[torch.Tensor]) -> None:
+    """Orthogonalizes matrices (rows, columns), bfloat16, in place: a share on each rank.
+
+    Those of one shape, or of its transpose, are multiplied as one batch, and one collective
+    exchanges the results. On a CPU, where a batch is no faster, they are multiplied one by one: the
+    rounding in a batch may depend on its size, and so on the number of ranks.
+    """
+    rank, world_size = 0, 1
+    if dist.is_initialized():
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+    stacks, done = {}, []
+    for matrix in matrices:
+        wide = matrix.mT if matrix.size(0) > matrix.size(1) else matrix
+        stacks.setdefault(wide.shape, []).append(wide)
+    for stack in stacks.values():  # padded: the shares of all ranks have one size
+        stack += [torch.zeros_like(stack[0]) for _ in range(-len(stack) % world_size)]
+        own = stack[rank::world_size]
+        on_cpu = own[0].device.type == "cpu"
+        done += map(orthogonalize, own) if on_cpu else orthogonalize(torch.stack(own))
+    gathered = sent = torch.cat([matrix.flatten() for matrix in done])
+    if world_size > 1:
+        gathered = sent.new_empty(world_size * len(sent))
+        all_gather(gathered, sent)
+    for r, share in enumerate(gathered.chunk(world_size)):
+        targets = [matrix for stack in stacks.values() for matrix in stack[r::world_size]]
+        for matrix, result in zip(targets, share.split([m.numel() for m in targets])):
+            matrix.copy_(result.view_as(matrix))
+
+
+def orthogonalize(x: torch.Tensor) -> torch.Tensor:
+    """`x` with all singular values replaced by about 1 (0.7 to 1.2).
+
+    x: bfloat16 (rows, columns), or (n, rows, columns) for n matrices at once; rows <= columns
+    By five Newton-Schulz steps with the coefficients of Jordan et al. 2024.
+    """
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    add_product = torch.addmm if x.dim() == 2 else torch.baddbmm
+    for _ in range(5):
+        gram = x @ x.mT  # (..., rows, rows)
+        polynomial = add_product(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = add_product(x, polynomial, x, beta=3.4445)
+    return x
 
 
 def configure_muon(
     matrices: dict[str, torch.Tensor], lr: float, momentum: float, weight_decay: float
 ) -> Muon:
     """Muon for named weights; those of queries, keys and values hold three matrices each."""
-    # Large matrices first, so that ranks that take turns get equal shares of the work.
+    # Checkpoints hold the momentum in this order.
     names = sorted(matrices, key=lambda name: -matrices[name].numel())
     qkv = [name for name in names if name.endswith("attn.c_attn.weight")]
     groups = [
@@ -119,14 +173,17 @@ def load_optimizer(optimizer, saved: dict) -> None:
 def step_if_finite(optimizer, finite: torch.Tensor, device: torch.device) -> None:
     """Updates the parameters if `finite` (bool scalar on the device) is true.
 
-    A fused optimizer decides on the device: it leaves parameters and moments as they are if its
-    `found_inf` is 1, as it does for GradScaler. For any other one the host waits for `finite`, and
-    in a first step for all: PyTorch's fused SGD would leave its momentum uninitialized.
+    Muon and fused optimizers decide on the device: they leave parameters and moments as they are if
+    it is false, a fused one by its `found_inf`, as for GradScaler. For any other one the host waits
+    for `finite`, and for a fused one in its first step: PyTorch's fused SGD would leave its
+    momentum uninitialized.
     """
     is_fused = getattr(optimizer, "_step_supports_amp_scaling", False)
     if isinstance(optimizer, CombinedOptimizer):
         for part in optimizer.optimizers.values():
             step_if_finite(part, finite, device)
+    elif isinstance(optimizer, Muon):
+        optimizer.step(finite)
     elif optimizer.state and is_fused and device.type != "mps":
         optimizer.found_inf = (~finite).float()
         optimizer.step()

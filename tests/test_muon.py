@@ -1,14 +1,20 @@
 """Muon: what it updates and by how much, runs with it, and optimizers that are combined."""
 
+import multiprocessing
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
+import muon_helpers
 import pytest
 import torch
 from conftest import assert_same_end, assert_same_tensors, losses, run_trainer, train_until
-from model_helpers import make_model
+from model_helpers import make_model, relative_error
+from muon_helpers import make_weights, set_gradients
 from test_run import replace_gradients, train_past_a_nan
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import train_gpt2
@@ -68,41 +74,103 @@ def test_queries_keys_and_values_are_matrices_of_their_own():
         assert torch.equal(weight, torch.cat([part.detach() for part in parts]))
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_share_the_matrices(monkeypatch, world_size):
-    """Each computes as much as the others, and all end with the bits of one that computes alone."""
-    config = train_gpt2.Config(optimizer="muon")
-    models = [with_gradients(n_layer=12, vocab_size=300) for _ in range(world_size + 1)]
-    optimizers = [train_gpt2.configure_optimizer(m, config, "cpu") for m in models]
-    for _ in range(2):
-        optimizers[-1].step()
-    monkeypatch.setattr(muon.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(muon.dist, "get_world_size", lambda: world_size)
-    for _ in range(2):
-        calls = []  # of broadcast, by all ranks: (tensor, owner)
+# -------------------------------------------------------------------------------------------------
+# The arithmetic
 
-        def broadcast(tensor, src, async_op, calls=calls):
-            calls.append((tensor, src))
-            return SimpleNamespace(wait=lambda: None)
 
-        monkeypatch.setattr(muon.dist, "broadcast", broadcast)
-        for rank, optimizer in enumerate(optimizers[:-1]):
-            monkeypatch.setattr(muon.dist, "get_rank", lambda rank=rank: rank)
+SHAPES = {"wide": (24, 60), "tall": (60, 24), "square": (24, 24)}
+
+
+def exact_steps(weight: torch.Tensor, gradients, lr: float, momentum: float, decay: float):
+    """Muon by its definition, in float64."""
+    weight, average = weight.double(), torch.zeros_like(weight).double()
+    for gradient in gradients:
+        average = momentum * average + (1 - momentum) * gradient
+        x = (1 - momentum) * gradient.double() + momentum * average
+        x /= x.norm().clamp(min=1e-7)
+        for _ in range(5):
+            gram = x @ x.T
+            x = 3.4445 * x - 4.775 * gram @ x + 2.0315 * gram @ gram @ x
+        rows, columns = weight.shape
+        weight = (1 - lr * decay) * weight - lr * max(1, rows / columns) ** 0.5 * x
+    return weight
+
+
+def batch_on_cpu(monkeypatch) -> None:
+    """Makes Muon orthogonalize matrices of one shape in a batch on a CPU, too, as on a GPU."""
+    monkeypatch.setattr(muon, "map", lambda f, stack: f(torch.stack(stack)), raising=False)
+
+
+@pytest.mark.parametrize("batched", [False, True], ids=["one by one", "batched"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_steps_are_those_of_pytorch(monkeypatch, shape, batched):
+    """Bit for bit on a CPU. In a batch the products may round in another way: PyTorch's Muon and
+    ours differ by no more than twice what PyTorch's differs from a computation in float64.
+
+    The gradient of the last of three matrices is too small to be normalized.
+    """
+    if batched:
+        batch_on_cpu(monkeypatch)
+    settings = dict(lr=0.1, momentum=0.9, weight_decay=0.2)
+    ours, theirs, start = (make_weights([shape] * 3) for _ in range(3))
+    optimizers = Muon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    gradients = []
+    for step in range(5):
+        for weights, optimizer in zip((ours, theirs), optimizers):
+            set_gradients(weights, seed=step)
+            weights[-1].grad *= 1e-9
             optimizer.step()
-        each = len(calls) // world_size
-        sent = [calls[i : i + each] for i in range(0, len(calls), each)]
-        shares = [0] * world_size
-        for copies in zip(*sent, strict=True):
-            owner = {src for _, src in copies}.pop()
-            shares[owner] += copies[owner][0].numel()
-            assert all(src == owner for _, src in copies)
-            with torch.no_grad():
-                for tensor, _ in copies:
-                    tensor.copy_(copies[owner][0])
-        assert max(shares) < 1.2 * min(shares)
-    for model, optimizer in zip(models[:-1], optimizers):
-        assert_same_tensors(model.state_dict(), models[-1].state_dict())
-        assert_same_tensors(optimizer.state_dict(), optimizers[-1].state_dict())
+        gradients.append([weight.grad for weight in ours])
+    for a, b, first, grads in zip(ours, theirs, start, zip(*gradients)):
+        exact = exact_steps(first.detach(), grads, 0.1, 0.9, 0.2)
+        rounding = (b - exact).norm()
+        assert 0 < rounding < 0.02 * (first - exact).norm()
+        assert (a - b).norm() <= 2 * rounding if batched else torch.equal(a, b)
+    assert_same_tensors(*(o.state_dict()["state"] for o in optimizers))
+
+
+@pytest.mark.parametrize("shape", [(24, 60), (24, 24)])
+def test_a_stack_is_orthogonalized_as_its_matrices_are(shape):
+    """Nearly all singular values become 0.7 to 1.2, whatever the scale of the other matrices."""
+    scales = torch.tensor([1e-3, 1.0, 1e3, 0.0])[:, None, None]
+    stack = (torch.randn(4, *shape, generator=torch.Generator().manual_seed(0)) * scales).bfloat16()
+    together = muon.orthogonalize(stack)
+    assert together.dtype == torch.bfloat16 and together.shape == stack.shape
+    for matrix, result in zip(stack[:3], together):
+        assert relative_error(result.float(), muon.orthogonalize(matrix).float()) < 0.02
+    assert not together[3].any()
+    values = torch.linalg.svdvals(together[:3].float())
+    assert 0.6 < values.quantile(0.1) and values.max() < 1.25
+
+
+class Recorder(TorchDispatchMode):
+    """Counts the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_nothing_and_multiplies_all_matrices_of_a_shape_at_once():
+    """On the device `meta`, which has no values: to read one raises an error."""
+    weights = make_weights(muon_helpers.SHAPES, device="meta")
+    set_gradients(weights, seed=0)
+    groups = [{"params": weights[:-1]}, {"params": weights[-1:], "parts": 3}]
+    optimizer = Muon(groups, lr=0.02)
+    finite = torch.ones((), dtype=torch.bool, device="meta")
+    for _ in range(2):
+        with Recorder() as recorder:
+            step_if_finite(optimizer, finite, finite.device)
+        stacks = 2  # (24, 24), and (24, 60) with (60, 24)
+        assert recorder.calls[torch.ops.aten.bmm.default] == 5 * stacks
+        assert recorder.calls[torch.ops.aten.baddbmm.default] == 2 * 5 * stacks
+        assert recorder.calls[torch.ops.aten.mm.default] == 0
+    with pytest.raises(RuntimeError, match="meta"):
+        step_if_finite(torch.optim.Muon(weights, lr=0.02), finite, finite.device)
 
 
 def test_an_update_is_nearly_orthogonal():
@@ -114,6 +182,86 @@ def test_an_update_is_nearly_orthogonal():
     train_gpt2.configure_optimizer(model, config, "cpu").step()
     values = torch.linalg.svdvals(before - q.detach()) / 0.5
     assert 0.6 < values.min() and values.max() < 1.3
+
+
+# -------------------------------------------------------------------------------------------------
+# Ranks
+
+
+def step_on_ranks(monkeypatch, optimizers) -> tuple[list[int], list[int]]:
+    """One step of each optimizer, each in a thread that takes itself for a rank of a group.
+
+    Returns by rank how many elements of matrices it orthogonalized, and how many collectives it
+    took part in.
+    """
+    world_size = len(optimizers)
+    local, barrier = threading.local(), threading.Barrier(world_size, timeout=60)
+    elements, collectives, sent = [0] * world_size, [0] * world_size, [None] * world_size
+    orthogonalize = muon.orthogonalize
+
+    def count(x):
+        elements[local.rank] += x.numel() if x.any() else 0  # padding is no work
+        return orthogonalize(x)
+
+    def all_gather(output, tensor):
+        collectives[local.rank] += 1
+        sent[local.rank] = tensor
+        barrier.wait()
+        output.copy_(torch.cat(sent))
+        barrier.wait()
+
+    def step(rank):
+        local.rank = rank
+        optimizers[rank].step()
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(world_size) as pool:
+        patch.setattr(muon.dist, "is_initialized", lambda: True)
+        patch.setattr(muon.dist, "get_world_size", lambda: world_size)
+        patch.setattr(muon.dist, "get_rank", lambda: local.rank)
+        patch.setattr(muon, "all_gather", all_gather)
+        patch.setattr(muon, "orthogonalize", count)
+        list(pool.map(step, range(world_size)))
+    return elements, collectives
+
+
+@pytest.mark.parametrize("world_size, n_layer", [(2, 12), (3, 12), (5, 1)])
+def test_ranks_share_the_matrices(monkeypatch, world_size, n_layer):
+    """Each computes as much as the others, up to one matrix of each shape, and sends it in one
+    collective; all end with the bits of one that computes alone."""
+    config = train_gpt2.Config(optimizer="muon")
+    shape = dict(n_layer=n_layer, vocab_size=300)
+    models = [with_gradients(**shape) for _ in range(world_size + 1)]
+    optimizers = [train_gpt2.configure_optimizer(m, config, "cpu") for m in models]
+    n = models[0].config.n_embd
+    for _ in range(2):
+        optimizers[-1].step()
+        elements, collectives = step_on_ranks(monkeypatch, optimizers[:-1])
+        assert sum(elements) == n_layer * 12 * n * n
+        assert max(elements) - min(elements) <= n * n + 4 * n * n
+        assert collectives == [1] * world_size
+    for model, optimizer in zip(models[:-1], optimizers):
+        assert_same_tensors(model.state_dict(), models[-1].state_dict())
+        assert_same_tensors(optimizer.state_dict(), optimizers[-1].state_dict())
+
+
+def test_two_processes_have_the_bits_of_one(tmp_path):
+    """Through gloo: weights and optimizer's state after three steps."""
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=muon_helpers.train_in_group, args=(rank, 2, tmp_path))
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    for rank in range(2):
+        assert_same_tensors(torch.load(tmp_path / f"{rank}.pt"), muon_helpers.train())
+
+
+# -------------------------------------------------------------------------------------------------
+# In the program
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
@@ -158,6 +306,7 @@ OPTIMIZERS = {
     "AdamW": lambda a, b: torch.optim.AdamW([a, b], lr=0.1, fused=False),
     "fused AdamW": lambda a, b: torch.optim.AdamW([a, b], lr=0.1, fused=True),
     "Lion and RAdam": lambda a, b: CombinedOptimizer(x=Lion([a]), y=torch.optim.RAdam([b])),
+    "Muon": lambda a, b: Muon([a, b], lr=0.1),
     "Muon and fused AdamW": lambda a, b: CombinedOptimizer(
         muon=Muon([{"params": [a], "parts": 1}], lr=0.1),
         adamw=torch.optim.AdamW([b], lr=0.1, fused=True),
@@ -197,7 +346,27 @@ def test_a_step_that_is_not_finite_changes_nothing(name):
         assert not torch.equal(before, between) and not torch.equal(between, after)
 
 
-@pytest.mark.parametrize("name", ["fused AdamW", "Muon and fused AdamW"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("steps", [0, 1])
+def test_muon_keeps_every_bit_in_a_step_that_is_not_finite(value, steps):
+    """Those of zeros with a minus sign, too, in the first step and in a later one."""
+    weight = nn.Parameter(torch.randn(6, 4))
+    weight.data[1] = -0.0
+    optimizer = Muon([weight], lr=0.1, weight_decay=0.5)
+    for _ in range(steps):
+        weight.grad = torch.full_like(weight, -0.0)
+        optimizer.step()
+    weight.grad = torch.full_like(weight, value)
+    before = weight.detach().clone()
+    momentum = torch.zeros_like(weight)
+    if steps:
+        momentum = optimizer.state[weight]["momentum_buffer"].fill_(-0.0).clone()
+    step_if_finite(optimizer, torch.tensor(False), CPU)
+    for a, b in ((weight.detach(), before), (optimizer.state[weight]["momentum_buffer"], momentum)):
+        assert torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+@pytest.mark.parametrize("name", ["Muon", "fused AdamW", "Muon and fused AdamW"])
 def test_a_skipped_step_does_not_skip_a_later_plain_one(name):
     parameters = [nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(4, 8))]
     optimizer = OPTIMIZERS[name](*parameters)
