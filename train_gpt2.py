@@ -48,6 +48,7 @@ from support import (
     validate_settings,
 )  # fmt: skip
 from support.cpu_attention import causal_attention
+from support.devices import residual_dtype
 from support.distributed import Runtime, initialize, leave_group, naming_lost_ranks, without_sync
 from support.errors import SettingError, UserError, run_main
 from support.fused_loss import IGNORE_INDEX, TrainingModel
@@ -305,6 +306,7 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx)
         if "wpe" in self.transformer:
             x = x + self.transformer.wpe(positions)
+        x = x.to(residual_dtype(x))
         for i, block in enumerate(self.transformer.h):
             x = block(x, positions, mask, caches[i] if caches else None)
         return self.transformer.ln_f(x)
@@ -637,7 +639,7 @@ class Run:
 
 
 def train_step(run: Run, lr: float, signal_row, check_signals=lambda: None):
-    """One update over all ranks; with a fused optimizer on CUDA the host does not wait for it.
+    """One update over all ranks; on CUDA the host does not wait for it.
 
     Returns (figures, signal counts): {name: float32 scalar on the device}, the mean loss in nats
     and the norm of the gradient before clipping; and the sum of `signal_row` over all ranks. If

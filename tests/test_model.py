@@ -30,7 +30,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from support import hellaswag_eval
+from support import devices, hellaswag_eval
 from support.fused_loss import IGNORE_INDEX, TrainingModel
 from support.generation import KVCache
 from support.huggingface import find_non_finite, padding_rows
@@ -299,6 +299,21 @@ def test_padding_ids_have_no_effect(dtype):
     assert torch.equal(logits, logits_2) and torch.equal(greedy, greedy_2)
     for name, gradient in gradients.items():
         torch.testing.assert_close(g_2[name], gradient, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("places", [{"cuda"}, {"cuda", "cpu"}], ids=["CPU", "as on a GPU"])
+def test_the_residual_stream_is_in_bfloat16_on_a_gpu(dtype, places, monkeypatch):
+    """If the matrix products are. In float16 it is in float32."""
+    monkeypatch.setattr(devices, "BFLOAT16_STREAM", places)
+    model, seen = make_model(), []
+    for block in model.transformer.h:
+        block.register_forward_hook(lambda _, arguments, y: seen.extend((arguments[0], y)))
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        model.hidden(random_ids(2, 8)).sum().backward()
+    expected = dtype if dtype == torch.bfloat16 and "cpu" in places else torch.float32
+    assert len(seen) == 2 * len(model.transformer.h) and {x.dtype for x in seen} == {expected}
+    assert all(p.grad.dtype == torch.float32 for p in model.transformer.parameters())
 
 
 def test_no_position_depends_on_later_ones():
