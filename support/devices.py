@@ -61,9 +61,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
                 "devices; start fewer processes, or choose another device"
             )
         device = torch.device("cuda", index)
-        torch.cuda.set_device(device)
-        if warning := describe_missing_kernels(device):
-            print0(warning, file=sys.stderr)
+        torch.cuda.set_device(device)  # PyTorch warns here if it has no kernels for the device
     return device
 
 
@@ -96,28 +94,6 @@ def driver_cuda() -> str:
     except (OSError, AttributeError):
         return ""
     return f", up to CUDA {version.value // 1000}.{version.value % 1000 // 10}"
-
-
-def describe_missing_kernels(device: torch.device) -> str:
-    """Why this torch has no kernels for a CUDA device, and what to do; "" if it has."""
-    built_for = torch.cuda.get_arch_list() if torch.version.cuda else []  # gfx... with ROCm
-    names = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name) for name in built_for]
-    if not names or None in names:  # none, or of a form that is not known here
-        return ""
-    capability = torch.cuda.get_device_capability(device)
-    for kind, *version, suffix in (name.groups() for name in names):
-        built = tuple(map(int, version))
-        # Machine code (sm) runs on later devices of its generation, PTX (compute) on all later
-        # ones, and what is built for a device's own features (a) only there.
-        same = built == capability if suffix == "a" else built[0] == capability[0]
-        if built <= capability and (same or (kind == "compute" and not suffix)):
-            return ""
-    major, minor = capability
-    return (
-        f"{device_name(device)} has the architecture sm_{major}{minor}, for which torch "
-        f"{torch.__version__} is not built ({', '.join(built_for)}); install one that is: "
-        f"{INSTALL_TORCH}"
-    )
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
