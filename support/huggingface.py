@@ -9,10 +9,8 @@ import dataclasses
 import json
 import re
 import shutil
-import tempfile
 from pathlib import Path
 
-from safetensors import SafetensorError
 from torch.nn import functional as F
 
 from support import model_function
@@ -81,22 +79,17 @@ def export_model(model) -> tuple[dict, dict]:
 
 def write_model(exported: tuple[dict, dict], directory) -> None:
     """Writes what `export_model` returned, and the tokenizer."""
-    write_weights(exported, Path(directory))
-    save_tokenizer(directory, model_max_length=exported[0]["n_positions"])
-
-
-def write_weights(exported: tuple[dict, dict], directory: Path) -> None:
-    """Writes the configuration and the weights of `write_model`."""
     from safetensors.torch import save_file
 
     config, tensors = exported
-    tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+    tensors, directory = {name: t.cpu() for name, t in tensors.items()}, Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in (("config", config), ("generation_config", SPECIAL_IDS)):
         (directory / f"{name}.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     with contextlib.suppress(OSError):  # a file system without modes
         shutil.copymode(directory / "config.json", directory / "model.safetensors")  # else private
+    save_tokenizer(directory, model_max_length=config["n_positions"])
 
 
 def _build_config(c, function: model_function.Function) -> dict:
@@ -143,17 +136,13 @@ def check_code(model) -> None:
         print0(f"each checkpoint will be {describe_kind(model)}")
     if function.number is None:
         return
+    from safetensors.torch import load, save
+
     tiny = model_function.build_tiny(model)
+    config, tensors = export_model(tiny)
+    config, tensors = json.loads(json.dumps(config)), load(save(tensors))  # as in a file
     try:
-        with tempfile.TemporaryDirectory() as directory:
-            write_weights(export_model(tiny), Path(directory))
-            config_class = type(tiny.config)
-            loaded = load_model(type(tiny), config_class, directory, same_function=False)
-    except (OSError, SafetensorError) as error:  # the second one is also raised by a full disk
-        raise UserError(
-            f"{tempfile.tempdir or 'TMPDIR'}: a temporary file cannot be written there "
-            f"({str(error).strip()}); make room, or name another directory in the variable TMPDIR"
-        ) from None
+        loaded = _build_model(type(tiny), type(tiny.config), "its checkpoint", config, tensors)
     except UserError as error:
         raise UserError(f"the model in train_gpt2.py cannot be loaded again: {error}") from None
     state = loaded.state_dict()
@@ -186,10 +175,19 @@ def load_model(
         raise UserError(
             f"T={block_size}: {source} has only {positions} positions; give --T={positions}"
         )
-    weights = _read_weights(source, directory, saved)
+    tensors = read_tensors(directory)
+    model = _build_model(model_class, config_class, source, saved, tensors, block_size)
+    if same_function:
+        _validate_function(source, saved, model)
+    return model
+
+
+def _build_model(model_class, config_class, source, saved, tensors, block_size=None):
+    """`load_model` from the content of config.json and {name in the file: tensor}."""
+    weights = _convert_weights(source, tensors, saved)
     try:
         values = (saved.get("gpt_config") or {}) | {
-            "block_size": block_size or positions,
+            "block_size": block_size or saved["n_positions"],
             "vocab_size": min(saved["vocab_size"], VOCAB_SIZE),  # others are padding, or new tokens
             **{name: saved[name] for name in ("n_layer", "n_head", "n_embd")},
             "tied": weights[HEAD].equal(weights[WTE]),  # as transformers does
@@ -210,8 +208,6 @@ def load_model(
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"{source}: not this GPT-2: {error}") from None
-    if same_function:
-        _validate_function(source, saved, model)
     return model
 
 
@@ -284,12 +280,12 @@ def _validate_config(source: str, config: dict) -> None:
         raise UserError(f"{source}: n_inner is {config['n_inner']}; GPT-2 has 4 * n_embd")
 
 
-def _read_weights(source: str, directory: Path, config: dict) -> dict:
+def _convert_weights(source: str, tensors: dict, config: dict) -> dict:
     """{OpenAI's parameter name: tensor in the layout of nn.Linear, float32}, always with the head.
 
     Raises UserError if they are damaged or contradict config.json.
     """
-    tensors, weights = read_tensors(directory), {}
+    weights = {}
     prefix = "transformer." if "wte.weight" in tensors else ""  # a file of transformers' GPT2Model
     for name, tensor in tensors.items():
         if CAUSAL_MASK.search(name) or name.startswith(OTHER_HEADS):

@@ -4,18 +4,14 @@
 """
 
 import dataclasses
-import errno
 import json
 import math
 import os
 import shutil
-import tempfile
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -142,28 +138,6 @@ def test_more_positions_than_the_model_has_are_refused(saved):
     """The setting T, its value and the length that the model has are named."""
     with pytest.raises(UserError, match="T=33.* 32 "):
         GPT.from_pretrained(str(saved[1]), block_size=33)
-
-
-@pytest.mark.parametrize("kind", ["full", "missing", "full for safetensors"])
-def test_a_temporary_directory_that_is_full_or_missing_is_named(saved, monkeypatch, kind):
-    """There the code of the model is checked, by saving and loading a tiny one."""
-    place, error = str(saved[1] / "gone"), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    if kind == "full for safetensors":
-        error = SafetensorError('Error: I/O error: No space left on device "/tmp/x"')
-    if kind == "missing":
-        monkeypatch.setattr(tempfile, "tempdir", place)
-    else:
-        place = tempfile.gettempdir()
-        monkeypatch.setattr(huggingface, "write_weights", Mock(side_effect=error))
-    with pytest.raises(UserError, match=f"{place}: a temporary file cannot be .*TMPDIR"):
-        huggingface.check_code(saved[0])
-
-
-def test_without_a_temporary_directory_the_variable_is_named(saved, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/gone"])
-    with pytest.raises(UserError, match="TMPDIR: .*/gone"):
-        huggingface.check_code(saved[0])
 
 
 @pytest.mark.gpt2
