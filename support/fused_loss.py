@@ -1,13 +1,13 @@
 """Head and cross-entropy in chunks of rows, so that the (B * T, V) logits never exist at once."""
 
 import functools
-import math
 
 import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from support.autotune import divide_evenly
 from support.devices import matmul_dtype
 
 IGNORE_INDEX = -1  # a target that does not count
@@ -44,17 +44,12 @@ class HeadLoss(nn.Module):
         return functional_call(self, dict(zip(self.used, parameters)), (x, targets))
 
 
-def chunk_rows(n: int, most: int) -> int:
-    """Rows of a chunk, at most `most`, if n rows are cut into as few equal chunks as possible."""
-    return math.ceil(n / math.ceil(n / most))
-
-
 def cut(x, targets, most: int):
     """Chunks of x (N, C) and targets (N,): (chunks, rows, C) and (chunks, rows), rows <= `most`.
 
     The last chunk is padded with rows whose target does not count: one shape compiles once.
     """
-    rows = chunk_rows(len(x), most)
+    rows = divide_evenly(len(x), most)
     if padding := -len(x) % rows:
         x = F.pad(x, (0, 0, 0, padding))
         targets = F.pad(targets, (0, padding), value=IGNORE_INDEX)
