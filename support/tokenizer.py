@@ -27,7 +27,7 @@ VOCAB_SIZE = 50257  # 256 bytes + 50,000 merges + <|endoftext|>
 
 @functools.cache
 def load_ranks() -> dict[bytes, int]:
-    """{token: rank} of the 50,256 tokens. Raises UserError if the file is missing or altered."""
+    """{token: rank}, 50,256 by rank. Raises UserError if the file is missing or altered."""
     try:
         raw = RANKS.read_bytes()
     except OSError as error:
@@ -41,10 +41,7 @@ def load_ranks() -> dict[bytes, int]:
 @functools.cache
 def byte_lengths() -> np.ndarray:
     """Bytes of text that each token stands for: int64 (50257,); 0 for <|endoftext|>."""
-    lengths = np.zeros(VOCAB_SIZE, dtype=np.int64)
-    for token, rank in load_ranks().items():
-        lengths[rank] = len(token)
-    return lengths
+    return np.array([*map(len, load_ranks()), 0], dtype=np.int64)
 
 
 def count_bytes(ids) -> int:
