@@ -187,11 +187,8 @@ def find_problem(directory: Path, hashes: bool = True) -> str | None:
 
 def list_checkpoints(log_dir: Path) -> dict[int, Path]:
     """{step: directory} of the checkpoints in `log_dir`, oldest first, valid or not."""
-    found = {}
-    if log_dir.is_dir():
-        for path in log_dir.iterdir():
-            if (match := STEP_NAME.fullmatch(path.name)) and path.is_dir():
-                found[int(match[1])] = path
+    found = {step_of(path): path for path in log_dir.glob("step_*") if path.is_dir()}
+    found.pop(0, None)  # other directories
     return dict(sorted(found.items()))
 
 
