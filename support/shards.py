@@ -185,12 +185,9 @@ def open_shard(path: Path, map_file=np.memmap) -> ShardFile:
     try:
         with open(path, "rb") as file:
             if path.suffix == ".npy":
-                version = np.lib.format.read_magic(file)
-                read_header = {
-                    (1, 0): np.lib.format.read_array_header_1_0,
-                    (2, 0): np.lib.format.read_array_header_2_0,
-                }[version]
-                shape, _, dtype = read_header(file)
+                if np.lib.format.read_magic(file) != (1, 0):  # others are for longer headers
+                    raise ValueError("a .npy of another version than 1.0")
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             else:
                 header = np.fromfile(file, dtype="<i4", count=256)
                 if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
