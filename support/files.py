@@ -40,22 +40,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def partial_path(path: Path, writer: str = "") -> Path:
-    """The temporary name of a file while it is written.
-
-    writer: a name of the process, if several may write the same file at the same time
-    """
-    return path.with_name(f".{path.name}{f'.{writer}' if writer else ''}.partial")
-
-
 @contextlib.contextmanager
 def replacing(path: Path, writer: str = ""):
     """A context that yields a temporary path, and renames it to `path` at the end.
 
     The block writes the file at the temporary path. If it raises, `path` is as it was and no
-    temporary file is left. writer: as in `partial_path`. Raises OSError, e.g. for a full disk.
+    temporary file is left. Raises OSError, e.g. for a full disk.
+    writer: a name of the process, if several may write the same file at the same time
     """
-    partial = partial_path(path, writer)
+    partial = path.with_name(f".{path.name}{f'.{writer}' if writer else ''}.partial")
     try:
         yield partial
         sync(partial)

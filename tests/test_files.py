@@ -39,8 +39,11 @@ def test_a_write_that_fails_leaves_the_earlier_file(tmp_path, monkeypatch, error
 
 
 def test_writers_of_one_file_have_different_temporary_names(tmp_path):
-    path = tmp_path / "a.txt"
-    names = {files.partial_path(path, writer) for writer in ("", "0", "1")}
+    path, names = tmp_path / "a.txt", set()
+    for writer in ("", "0", "1"):
+        with files.replacing(path, writer) as partial:
+            partial.touch()
+            names.add(partial)
     assert len(names) == 3 and path not in names
     assert all(name.parent == tmp_path and name.name.startswith(".") for name in names)
 
