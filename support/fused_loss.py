@@ -104,15 +104,6 @@ class ChunkedLoss(torch.autograd.Function):
         return None, dx * grad, None, None, *(gradient.mul_(grad) for gradient in sums)
 
 
-@torch.no_grad()
-def evaluate_chunks(loss_fn, x, targets, most, *parameters) -> torch.Tensor:
-    """The same sum without gradients: float32 scalar."""
-    dtype = matmul_dtype(x)
-    cast = cast_matrices(parameters, dtype)
-    chunks = zip(*cut(x, targets, most))
-    return torch.stack([loss_fn(x.to(dtype), y, *cast) for x, y in chunks]).sum()
-
-
 class TrainingModel(nn.Module):
     """The loss of a GPT, summed, compiled or not: token ids in, loss out. Shares all parameters.
 
@@ -147,7 +138,10 @@ class TrainingModel(nn.Module):
     @torch.no_grad()
     def evaluate(self, idx, targets):
         """The same loss without gradients."""
-        return evaluate_chunks(self.eval_loss, *self.arguments(self.eval_hidden(idx), targets))
+        x, targets, most, *parameters = self.arguments(self.eval_hidden(idx), targets)
+        cast = cast_matrices(parameters, x.dtype)
+        chunks = zip(*cut(x, targets, most))
+        return torch.stack([self.eval_loss(x, y, *cast) for x, y in chunks]).sum()
 
     def arguments(self, x, targets) -> tuple:
         """Those of `ChunkedLoss` after `loss_fn`. Eager mode needs more memory for each row."""
