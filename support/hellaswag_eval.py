@@ -294,15 +294,12 @@ class Score(NamedTuple):
     acc_norm: float
     questions: int
 
-    @staticmethod
-    def error(accuracy: float, questions: int) -> float:
-        """The standard error of an accuracy."""
-        return math.sqrt(accuracy * (1 - accuracy) / max(1, questions - 1))
-
     def __str__(self):
-        shares = {"acc": self.acc, "acc_norm": self.acc_norm}
-        shown = [f"{n} {a:.4f} +- {self.error(a, self.questions):.4f}" for n, a in shares.items()]
-        return f"{', '.join(shown)}, {self.questions:,} examples"
+        text = ""
+        for name, p in (("acc", self.acc), ("acc_norm", self.acc_norm)):
+            standard_error = math.sqrt(p * (1 - p) / max(1, self.questions - 1))
+            text += f"{name} {p:.4f} +- {standard_error:.4f}, "
+        return f"{text}{self.questions:,} examples"
 
 
 def evaluate(
