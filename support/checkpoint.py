@@ -82,11 +82,10 @@ def save(log_dir: Path, step: int, fill) -> None:
     try:
         write_directory(directory, fill)
     except (OSError, SafetensorError, RuntimeError) as error:  # a full disk raises all three
-        kept = ", ".join(path.name for path in list_checkpoints(log_dir).values())
         raise UserError(
             f"log_dir={str(log_dir)!r}: the checkpoint of step {step} could not be written "
-            f"({str(error).strip()}); make room and run the same command again "
-            f"(complete checkpoints: {kept or 'none'})"
+            f"({str(error).strip()}); {describe_newest(log_dir)}; make room and run the same "
+            "command again"
         ) from None
     print0(f"step {step:5d} | saved {directory}")
 
