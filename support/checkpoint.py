@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch.utils._pytree import tree_map_only
 
 from support.device_clock import Instant
 from support.errors import SettingError, UserError
@@ -97,16 +98,10 @@ def copy_to_host(value, asynchronous: bool):
         steps do not change; else those of a CPU are returned as they are
     """
 
-    def copy(value):
-        if isinstance(value, torch.Tensor):
-            return value.detach().to("cpu", non_blocking=asynchronous, copy=asynchronous)
-        if isinstance(value, dict):
-            return {key: copy(element) for key, element in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(map(copy, value))
-        return value
+    def copy(tensor):
+        return tensor.detach().to("cpu", non_blocking=asynchronous, copy=asynchronous)
 
-    copied = copy(value)
+    copied = tree_map_only(torch.Tensor, copy, value)
     Instant(asynchronous).wait()
     return copied
 
