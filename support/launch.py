@@ -40,11 +40,10 @@ def read_launch(*sources: tuple[str, ...]) -> Launch:
         # A Slurm batch script has SLURM_PROCID without being a task of a step.
         if all(present) or (any(present) and names == TORCHRUN):
             return _parse_launch(names)
-    known = {name for names in sources for name in names}
     for name in TASKS:
         count = os.environ.get(name, "")
         of_slurm = name.startswith("SLURM") and SLURM in sources
-        if name not in known and not of_slurm and count.isdecimal() and int(count) > 1:
+        if not of_slurm and count.isdecimal() and int(count) > 1:
             raise UserError(
                 f"{name}={count}: {count} tasks without RANK and WORLD_SIZE would each be a run of "
                 "its own; use torchrun --nproc_per_node=N, or set both for each task as in "
