@@ -23,7 +23,6 @@ from support.files import sha256, sync
 from support.launch import print0
 
 MANIFEST = "files.json"
-STEP_NAME = re.compile(r"step_(\d{5,})")
 
 
 def step_directory(log_dir, step: int) -> Path:
@@ -33,7 +32,7 @@ def step_directory(log_dir, step: int) -> Path:
 
 def step_of(directory: Path) -> int:
     """The step in a checkpoint's name; 0 for any other directory."""
-    match = STEP_NAME.fullmatch(directory.name)
+    match = re.fullmatch(r"step_(\d{5,})", directory.name)
     return int(match[1]) if match else 0
 
 
