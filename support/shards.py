@@ -91,10 +91,6 @@ class TokenStream:
             start, index = end, index + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
-    def name_of(self, position: int) -> str:
-        """The file that token `position` comes from."""
-        return self.names[self._shard_of(position)]
-
     def read_window(self, index: int, T: int, vocab_size: int) -> np.ndarray:
         """Window `index` of T tokens, and the next token: uint16 (T + 1,).
 
@@ -103,8 +99,9 @@ class TokenStream:
         row = self.read(index * T, (index + 1) * T + 1)
         if row.max() >= vocab_size:
             at = index * T + int(row.argmax())
+            name = self.names[self._shard_of(at)]
             raise UserError(
-                f"{self.name_of(at)}: token id {row.max()} at token {at} of the split, but the "
+                f"{name}: token id {row.max()} at token {at} of the split, but the "
                 f"model has {vocab_size} ids; tokenize with GPT-2's tokenizer"
             )
         return row

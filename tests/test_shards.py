@@ -52,7 +52,7 @@ def test_reading_any_range_and_naming_any_token():
     """TokenStream is the concatenation, whatever the shards, empty ones included."""
     tokens = stream_of(0, 3, 0, 0, 4, 1, 0)
     names = ["shard_1"] * 3 + ["shard_4"] * 4 + ["shard_5"]
-    assert len(tokens) == 8 and [tokens.name_of(i) for i in range(8)] == names
+    assert len(tokens) == 8 and [tokens.names[tokens._shard_of(i)] for i in range(8)] == names
     for start in range(8):
         for stop in range(start + 1, 9):
             assert tokens.read(start, stop).tolist() == list(range(start, stop))
@@ -176,7 +176,7 @@ def test_shards_come_in_the_order_of_their_names(tmp_path):
     write_npy(tmp_path / "x_val_000000.npy", [99])
     train, val = open_splits(str(tmp_path)).values()
     assert train.read(0, 5).tolist() == [0, 1, 2, 10, 11] and val.read(0, 1).tolist() == [99]
-    assert train.name_of(3) == str(tmp_path / "x_train_000010.npy")
+    assert train.names[train._shard_of(3)] == str(tmp_path / "x_train_000010.npy")
 
 
 def test_shards_of_any_size_from_files(tmp_path):
