@@ -22,13 +22,10 @@ def sync(path: Path) -> None:
 
     Raises OSError if it is possible and fails.
     """
-    is_directory = path.is_dir()
-    if is_directory and os.name != "posix":
-        return  # Windows cannot sync a directory
     try:
         descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     except OSError:
-        if is_directory:  # which some file systems do not open
+        if path.is_dir():  # which Windows and some file systems do not open
             return
         raise
     try:
