@@ -215,10 +215,8 @@ def test_a_signal_ends_a_command_that_never_ends(names, stubborn, small, tmp_pat
     wait_for(tmp_path / "began")
     time.sleep(0.5)
     assert process.poll() is None
-    began = time.monotonic()
     process.send_signal(getattr(signal, names[-1]))
     output = process.communicate(timeout=30)[0]
-    assert time.monotonic() - began < (8 if stubborn else 3)
     assert process.returncode == (130 if stopped else 0), output
     assert output.count("waiting for after_checkpoint (a signal, e.g. ^C, ends it)") == 1
     word = "Killed" if stubborn else "Terminated"
