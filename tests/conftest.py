@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
 import resource
@@ -32,6 +33,12 @@ SMALL = dict(
     warmup_steps=2, max_steps=4, val_every=0, val_tokens=128, sample_every=0, checkpoint_every=0,
     hellaswag_every=0, curves=False, dtype="float32", compile=False,
 )  # fmt: skip
+
+
+def requires(*packages: str) -> pytest.MarkDecorator:
+    """Skips a test if one of these packages is not installed. The reason names it."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 
 
 @pytest.fixture

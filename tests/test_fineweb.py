@@ -13,10 +13,10 @@ import os
 import random
 from pathlib import Path
 
-import gigatoken
 import numpy as np
 import pytest
 import tiktoken
+from conftest import requires
 from fineweb_helpers import (
     ENCODING,
     FORTY,
@@ -44,6 +44,7 @@ from support import tokenizer
 from support.shards import find_intact, open_splits
 
 pytest_plugins = ["fineweb_helpers"]
+ENGINES = [pytest.param("gigatoken", marks=requires("gigatoken")), "tiktoken"]
 
 # -------------------------------------------------------------------------------------------------
 # The command
@@ -177,7 +178,7 @@ def hostile(tmp_path_factory) -> Corpus:
     return corpus_of(directory, held)
 
 
-@pytest.mark.parametrize("engine", ["gigatoken", "tiktoken"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_hostile_text(hostile, tmp_path, engine, run_here):
     run_here(hostile.path, tmp_path / "out", engine=engine, shard_size=20_000)
     assert shards_in(tmp_path / "out") == hostile.shards(20_000)
@@ -185,6 +186,7 @@ def test_hostile_text(hostile, tmp_path, engine, run_here):
     assert {name: totals[name] for name in hostile.totals} == hostile.totals
 
 
+@requires("gigatoken")
 @pytest.mark.parametrize("step", [64, pytest.param(1, marks=pytest.mark.faults)])
 def test_both_engines_classify_every_character_equally(tmp_path, monkeypatch, step):
     """Letter, digit or neither, for all code points; of the CJK extensions and the unassigned and
@@ -220,8 +222,11 @@ def test_both_engines_classify_every_character_equally(tmp_path, monkeypatch, st
             assert np.array_equal(fast(text), plain(text)), f"one of {part[0]}..{part[-1]}"
 
 
+@requires("gigatoken")
 def test_resetting_the_cache_of_words_changes_no_ids(monkeypatch):
     """gigatoken's cache is discarded from time to time, so that it does not grow without limit."""
+    import gigatoken
+
     made, make = [], gigatoken.Tokenizer.from_tiktoken
     monkeypatch.setattr(tokenizer, "CACHE_RESET_BYTES", 2000)
     monkeypatch.setattr(
@@ -234,7 +239,7 @@ def test_resetting_the_cache_of_words_changes_no_ids(monkeypatch):
     assert len(made) > 5
 
 
-@pytest.mark.parametrize("engine", ["gigatoken", "tiktoken"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_million_spaces_before_a_word(engine):
     """More than tiktoken's regex can match at once; the last space belongs to the word."""
     many = 1_200_000

@@ -19,7 +19,7 @@ import filelock
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, environment, requires
 from fineweb_helpers import (
     DOCUMENTS,
     SIZE,
@@ -307,7 +307,14 @@ def test_shards_before_a_damaged_place_are_kept_and_a_changed_source_is_refused(
 
 
 @pytest.mark.parametrize(
-    "package", ["pyarrow", "filelock", "tiktoken", "datasets", "huggingface_hub"]
+    "package",
+    [
+        "pyarrow",
+        "filelock",
+        "tiktoken",
+        "datasets",
+        pytest.param("huggingface_hub", marks=requires("datasets")),
+    ],
 )
 def test_a_package_that_is_not_installed_is_named(package, refused, monkeypatch):
     tokenizer.get_encoding.cache_clear()

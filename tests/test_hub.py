@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import requires
 from hub_helpers import (
     ALL,
     FINEWEB_EDU,
@@ -44,7 +45,7 @@ from hub_helpers import (
 from support import hub as hub_module
 
 pytest_plugins = ["hub_helpers"]
-pytestmark = pytest.mark.usefixtures("no_file_holds_the_token")
+pytestmark = [requires("datasets"), pytest.mark.usefixtures("no_file_holds_the_token")]
 
 # -------------------------------------------------------------------------------------------------
 # Runs that mostly wait: started before all tests, so that these need not wait for them

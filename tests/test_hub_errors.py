@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from conftest import requires
 from fineweb_helpers import mount_tmpfs
 from hub_helpers import (
     ALL,
@@ -40,7 +41,7 @@ from hub_helpers import (
 )
 
 pytest_plugins = ["hub_helpers"]
-pytestmark = pytest.mark.usefixtures("no_file_holds_the_token")
+pytestmark = [requires("datasets"), pytest.mark.usefixtures("no_file_holds_the_token")]
 
 # -------------------------------------------------------------------------------------------------
 # Permanent errors, and kills

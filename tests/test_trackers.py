@@ -6,7 +6,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from conftest import losses, read_log, start
+from conftest import losses, read_log, requires, start
 
 import train_gpt2
 from support import run_log, trackers, validate_settings
@@ -34,6 +34,7 @@ def read_values(config) -> dict[str, dict[int, float]]:
 
 
 @pytest.mark.faults
+@requires("tensorboard")
 def test_tensorboard_holds_each_value_once_across_a_kill(small):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -85,6 +86,7 @@ def read_rows(directory: Path) -> list[dict]:
 
 
 @pytest.mark.faults
+@requires("wandb")
 def test_wandb_continues_a_killed_run_under_its_id_and_keeps_the_key_secret(small):
     """The rows of the killed run are those of log.txt, as far as wandb had written them."""
     config = small(**EVALUATED, tracker="wandb")
@@ -105,6 +107,7 @@ def test_wandb_continues_a_killed_run_under_its_id_and_keeps_the_key_secret(smal
     assert not any(key.encode() in path.read_bytes() for path in files)
 
 
+@requires("wandb")
 def test_wandb_has_all_values_of_a_step_in_one_row(tmp_path, monkeypatch):
     import wandb
 
@@ -129,6 +132,7 @@ def test_wandb_has_all_values_of_a_step_in_one_row(tmp_path, monkeypatch):
     assert "<pre>a &lt; b</pre>" in text.read_text()
 
 
+@requires("wandb")
 def test_wandb_gets_no_step_again_that_it_has(tmp_path, monkeypatch):
     import wandb
 
@@ -146,6 +150,7 @@ def test_wandb_gets_no_step_again_that_it_has(tmp_path, monkeypatch):
     assert sent == [(5, dict(loss=5.0)), (6, dict(loss=6.0))]
 
 
+@requires("wandb")
 def test_an_id_that_cannot_be_written_is_one_error(tmp_path, monkeypatch):
     def refuse(*arguments):
         raise OSError(28, "No space left on device")
@@ -155,6 +160,7 @@ def test_an_id_that_cannot_be_written_is_one_error(tmp_path, monkeypatch):
         trackers.WeightsAndBiases(tmp_path, {}, 0)
 
 
+@requires("wandb")
 @pytest.mark.parametrize("damage", [b"\xff\xfe", None])
 def test_an_id_that_cannot_be_read_is_one_error(tmp_path, damage):
     path = tmp_path / "wandb_id.txt"
@@ -166,7 +172,9 @@ def test_an_id_that_cannot_be_read_is_one_error(tmp_path, damage):
         trackers.WeightsAndBiases(tmp_path, {}, 0)
 
 
-@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+@pytest.mark.parametrize(
+    "tracker", [pytest.param(name, marks=requires(name)) for name in ("tensorboard", "wandb")]
+)
 def test_a_tracker_changes_nothing_else(small, tmp_path, monkeypatch, tracker):
     monkeypatch.setenv("WANDB_MODE", "offline")
     plain = small(log_dir=str(tmp_path / "plain"))
