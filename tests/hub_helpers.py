@@ -57,7 +57,11 @@ class Hub:
         for server in self.servers:
             server.daemon_threads, server.block_on_close = True, False
             threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        self.url, self.cdn = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
+        # Two host names: huggingface_hub 1.33 takes two ports of one host for one server.
+        self.url, self.cdn = (
+            f"http://{host}:{server.server_port}"
+            for host, server in zip(("127.0.0.1", "localhost"), self.servers)
+        )
 
     def publish(self, dataset: str, files: dict[str, bytes]) -> str:
         """A new commit on `main`."""
