@@ -262,7 +262,7 @@ def test_a_model_of_another_vocabulary_is_refused(forks, tmp_path):
 
 
 def test_two_processes_share_the_examples(saved, tmp_path):
-    """They print and write what one process does, once."""
+    """They print and write what one process does, once; torch 2.9's Gloo adds lines of its own."""
     data = tmp_path / "examples.jsonl"
     write_examples(data, helpers.make_examples(12))
     script = [str(ROOT / "hellaswag.py"), "-m", str(saved), f"--data={data}", "-d", "cpu"]
@@ -277,7 +277,8 @@ def test_two_processes_share_the_examples(saved, tmp_path):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         lines = [json.loads(line) for line in out.read_text().splitlines()]
-        outputs.append((done.stdout, [line.pop("losses") for line in lines], lines))
+        text = re.sub(r"^([\d ]*$|.*(Gloo|peer ranks).*)\n", "", done.stdout, flags=re.MULTILINE)
+        outputs.append((text, [line.pop("losses") for line in lines], lines))
     (text, losses, rest), (text_of_two, losses_of_two, rest_of_two) = outputs
     assert text == text_of_two and rest == rest_of_two and len(rest) == 12
     np.testing.assert_allclose(losses_of_two, losses, atol=1e-4)
