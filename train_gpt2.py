@@ -603,6 +603,7 @@ def save_checkpoint(run: "Run") -> None:
     checkpoint.check_finite(find_non_finite(run.model), log_dir, step, run.config.max_lr)
     run.runtime.barrier()
     if run.runtime.master_process:
+        run.output.wait_for_checkpoint()  # so that there is one copy in the host's memory at a time
         content = huggingface.export_model(run.model), training_state(run)
         model, state = checkpoint.copy_to_host(content, run.runtime.asynchronous)
 

@@ -131,8 +131,8 @@ class Writer:
 
     def check(self) -> None:
         """Raises the error of a call that has failed."""
-        error, self.error = self.error, None
-        if error:
+        if error := self.error:
+            self.error = None
             raise error
 
     def wait(self) -> None:

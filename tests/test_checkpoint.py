@@ -433,6 +433,27 @@ def test_steps_do_not_wait_for_a_checkpoint_nor_change_what_it_holds(small, gpu,
         assert_same_tensors(*states)
 
 
+def test_there_is_one_copy_of_a_checkpoint_at_a_time(small, gpu, monkeypatch):
+    """The next one is made when the last one is written."""
+    gpu.event_ms, writing, copies = 1, threading.Event(), []
+    write_model, copy_to_host = huggingface.write_model, checkpoint.copy_to_host
+
+    def write_slowly(*arguments):
+        writing.set()
+        time.sleep(0.2)
+        write_model(*arguments)
+        writing.clear()
+
+    def copy(*arguments):
+        copies.append(writing.is_set())
+        return copy_to_host(*arguments)
+
+    monkeypatch.setattr(huggingface, "write_model", write_slowly)
+    monkeypatch.setattr(checkpoint, "copy_to_host", copy)
+    train_gpt2.train(small(checkpoint_every=1))
+    assert copies == [False] * 4
+
+
 def test_a_run_that_ends_with_an_error_first_completes_its_checkpoint(small, gpu, monkeypatch):
     gpu.event_ms, write_model = 1, huggingface.write_model
 
