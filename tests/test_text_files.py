@@ -84,7 +84,8 @@ def test_parts_without_texts_and_other_types_do_not_stop_the_dataset(tmp_path, k
         "dictionary of large": pa.dictionary(pa.int8(), pa.large_string()), "number": pa.int64(),
     }  # fmt: skip
     texts = [None] * rows if kind == "null" else ["one", None, "two"][:rows]
-    table = pa.table({} if kind == "no" else {"text": pa.array(texts, kinds[kind])})
+    column = pa.array(texts) if kind == "null" else pa.array(texts, pa.large_string())
+    table = pa.table({} if kind == "no" else {"text": column.cast(kinds[kind])})
     pq.write_table(table, tmp_path / "a.parquet")
     read = []
     for piece in text_files.split_into_pieces(tmp_path / "a.parquet", 0, 0, "text", ""):
