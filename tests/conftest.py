@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import importlib.util
+import importlib.metadata
 import json
 import os
 import resource
@@ -37,7 +37,8 @@ SMALL = dict(
 
 def requires(*packages: str) -> pytest.MarkDecorator:
     """Skips a test if one of these packages is not installed. The reason names it."""
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    # Not by find_spec: to look for pip replaces setuptools' distutils, which inductor imports.
+    missing = [name for name in packages if not any(importlib.metadata.distributions(name=name))]
     return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 
 
