@@ -5,6 +5,7 @@ import functools
 import importlib.metadata
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -148,6 +149,11 @@ def environment(**more) -> dict:
     left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items() if name not in left_out}
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **more}
+
+
+def without_gloo(output: str) -> str:
+    """An output without the lines of torch 2.9's Gloo, which ranks print at the same time."""
+    return re.sub(r"^([\d ]*$|.*(Gloo|peer ranks).*)\n", "", output, flags=re.MULTILINE)
 
 
 def run_trainer(config, processes: int = 1, **kwargs) -> subprocess.CompletedProcess:
