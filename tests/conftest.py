@@ -199,6 +199,16 @@ def finish(process: subprocess.Popen, timeout_s: float = 120) -> str:
     return output
 
 
+def assert_second_interrupt_ends(process: subprocess.Popen) -> None:
+    """The process continues its work after one SIGINT, and ends at once after another."""
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode == 130
+
+
 def limit_files(size: int):
     """A function for a new process: no file that it writes may grow beyond `size` bytes."""
     return functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))

@@ -9,7 +9,6 @@ import os
 import random
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ import torch
 from conftest import (
     assert_one_line,
     assert_same_tensors,
+    assert_second_interrupt_ends,
     losses,
     outcome,
     start,
@@ -474,12 +474,7 @@ def test_a_second_SIGINT_does_not_wait_for_a_checkpoint(small):
     config = small(checkpoint_every=20, max_steps=100_000)
     process = start(config, harm="simulate_gpu + delay_checkpoints 120")
     wait_for_step(config, 22, process)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
-    assert process.returncode == 130
+    assert_second_interrupt_ends(process)
     assert checkpoint.list_checkpoints(Path(config.log_dir)) == {}
 
 

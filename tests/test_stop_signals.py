@@ -7,7 +7,16 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, TEXT, assert_same_end, losses, outcome, start, wait_for_step
+from conftest import (
+    SMALL,
+    TEXT,
+    assert_same_end,
+    assert_second_interrupt_ends,
+    losses,
+    outcome,
+    start,
+    wait_for_step,
+)
 
 import train_gpt2
 from support import checkpoint, hellaswag_eval
@@ -112,12 +121,7 @@ def test_a_second_SIGINT_from_outside(small):
     while not (Path(config.log_dir) / "log.txt").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(1)  # into the step
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
-    assert process.returncode == 130
+    assert_second_interrupt_ends(process)
 
 
 def call_at_check(number: int, act, monkeypatch):
