@@ -88,8 +88,8 @@ def grouped_comments(settings: type) -> dict[str, dict[str, str]]:
     for line in inspect.getsource(settings).splitlines():
         if match := re.match(r"    # (.*)$", line):
             heading = match[1]
-        elif match := re.match(r"    (\w+): \w+ = .*?  # (.*)$", line):
-            groups.setdefault(heading, {})[match[1]] = match[2]
+        elif match := re.match(r"    (\w+): \w+ = .*?(?:  # (.*))?$", line):
+            groups.setdefault(heading, {})[match[1]] = match[2] or ""
     return groups
 
 

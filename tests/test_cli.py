@@ -209,6 +209,21 @@ def test_comments_on_lines_of_their_own_are_headings(capsys):
     assert out.index("--depth") < out.index("what is written:") < out.index("--verbose")
 
 
+@dataclasses.dataclass
+class Edited:
+    """Settings to which someone added one."""
+
+    width: int = 4  # columns
+    depth: int = 3
+
+
+def test_a_setting_without_a_comment_can_be_given_too(capsys):
+    assert cli.parse(Edited, {}, ["--depth=5"], "") == Edited(depth=5)
+    with pytest.raises(SystemExit):
+        cli.parse(Edited, {}, ["--help"], "")
+    assert "--depth X" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("heading", ["data", "model: GPT-2 124M", "batch", "evaluation", "system"])
 def test_the_trainers_help_has_its_headings(help_text, heading):
     assert f"\n{heading}:\n" in help_text
