@@ -5,6 +5,7 @@ import math
 import torch
 import torch.distributed as dist
 
+from support.devices import choose_dtype
 from support.errors import SettingError
 
 # One function: PyTorch 2.13 warns of the second name, earlier versions lack the first.
@@ -16,12 +17,16 @@ class Muon(torch.optim.Optimizer):
 
     params: weights (rows, columns), or groups of them; the key `parts` of a group says how many
     matrices each of its weights holds, one above the other
+    dtype: of the products that orthogonalize
     Every rank keeps every momentum, which costs little, so the optimizer's state is the same on all
     ranks. On a CPU a step has the bits of torch.optim.Muon's, on any number of ranks.
     """
 
-    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.1):
+    def __init__(
+        self, params, lr: float, momentum=0.95, weight_decay=0.1, dtype=torch.bfloat16
+    ):  # fmt: skip
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, parts=1))
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, finite: torch.Tensor | None = None) -> None:
@@ -46,17 +51,17 @@ class Muon(torch.optim.Optimizer):
             torch.where(finite, new, weight, out=weight)
 
     def average_gradient(self, weight, decay: float, finite: torch.Tensor) -> torch.Tensor:
-        """Updates the momentum; returns what is orthogonalized, Nesterov's average, in bfloat16."""
+        """Updates the momentum; returns Nesterov's average, which is orthogonalized."""
         if not self.state[weight]:
             self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         momentum = self.state[weight]["momentum_buffer"]
         new = momentum.lerp(weight.grad, 1 - decay)
         torch.where(finite, new, momentum, out=momentum)
-        return weight.grad.lerp(new, decay).bfloat16()
+        return weight.grad.lerp(new, decay).to(self.dtype)
 
 
 def orthogonalize_shared(matrices: list[torch.Tensor]) -> None:
-    """Orthogonalizes matrices (rows, columns), bfloat16, in place: a share on each rank.
+    """Orthogonalizes matrices (rows, columns) in place: a share on each rank.
 
     Those of one shape, or of its transpose, are multiplied as one batch, and one collective
     exchanges the results. On a CPU, where a batch is no faster, they are multiplied one by one: the
@@ -87,7 +92,7 @@ def orthogonalize_shared(matrices: list[torch.Tensor]) -> None:
 def orthogonalize(x: torch.Tensor) -> torch.Tensor:
     """`x` with all singular values replaced by about 1 (0.7 to 1.2).
 
-    x: bfloat16 (rows, columns), or (n, rows, columns) for n matrices at once; rows <= columns
+    x: (rows, columns), or (n, rows, columns) for n matrices at once; rows <= columns
     By five Newton-Schulz steps with the coefficients of Jordan et al. 2024.
     """
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
@@ -102,7 +107,10 @@ def orthogonalize(x: torch.Tensor) -> torch.Tensor:
 def configure_muon(
     matrices: dict[str, torch.Tensor], lr: float, momentum: float, weight_decay: float
 ) -> Muon:
-    """Muon for named weights; those of queries, keys and values hold three matrices each."""
+    """Muon for named weights; those of queries, keys and values hold three matrices each.
+
+    Its products are in bfloat16, or in float32 on a CPU that multiplies bfloat16 slowly.
+    """
     # Checkpoints hold the momentum in this order.
     names = sorted(matrices, key=lambda name: -matrices[name].numel())
     qkv = [name for name in names if name.endswith("attn.c_attn.weight")]
@@ -111,7 +119,9 @@ def configure_muon(
         {"params": [matrices[name] for name in qkv], "parts": 3},
     ]
     groups = [group for group in groups if group["params"]]
-    return Muon(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    slow = choose_dtype("auto", matrices[names[0]].device) == torch.float32
+    dtype = torch.float32 if slow else torch.bfloat16
+    return Muon(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, dtype=dtype)
 
 
 class CombinedOptimizer:

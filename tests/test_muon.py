@@ -2,7 +2,7 @@
 
 import multiprocessing
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import train_gpt2
-from support import muon
+from support import devices, muon
 from support.distributed import initialize
 from support.muon import CombinedOptimizer, Muon, step_if_finite
 from support.shards import open_splits
@@ -53,7 +53,13 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_all_else():
     assert decayed == {"transformer.wte.weight", "transformer.wpe.weight"}
 
 
-def test_queries_keys_and_values_are_matrices_of_their_own():
+@pytest.fixture
+def fast_bfloat16(monkeypatch):
+    """A CPU that multiplies in bfloat16, as far as `configure_optimizer` can see."""
+    monkeypatch.setattr(devices, "cpu_flags", lambda: {"avx512_bf16"})
+
+
+def test_queries_keys_and_values_are_matrices_of_their_own(fast_bfloat16):
     """Three steps are those of PyTorch's Muon on the three matrices, each a parameter by itself."""
     config = train_gpt2.Config(optimizer="muon", weight_decay=0.1)
     model = with_gradients()
@@ -144,15 +150,18 @@ def test_a_stack_is_orthogonalized_as_its_matrices_are(shape):
 
 
 class Recorder(TorchDispatchMode):
-    """Counts the operators that are called."""
+    """Counts the operators that are called, and has the dtypes of their results by their names."""
 
     def __init__(self):
         super().__init__()
-        self.calls = Counter()
+        self.calls, self.dtypes = Counter(), defaultdict(set)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.calls[func] += 1
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.dtypes[func.overloadpacket.__name__].add(result.dtype)
+        return result
 
 
 def test_a_step_reads_nothing_and_multiplies_all_matrices_of_a_shape_at_once():
@@ -173,7 +182,7 @@ def test_a_step_reads_nothing_and_multiplies_all_matrices_of_a_shape_at_once():
         step_if_finite(torch.optim.Muon(weights, lr=0.02), finite, finite.device)
 
 
-def test_an_update_is_nearly_orthogonal():
+def test_an_update_is_nearly_orthogonal(fast_bfloat16):
     """All singular values of a first update are about muon_lr, whatever those of the gradient."""
     model = with_gradients()
     q = model.transformer.h[0].attn.c_attn.weight[: model.config.n_embd]
@@ -182,6 +191,19 @@ def test_an_update_is_nearly_orthogonal():
     train_gpt2.configure_optimizer(model, config, "cpu").step()
     values = torch.linalg.svdvals(before - q.detach()) / 0.5
     assert 0.6 < values.min() and values.max() < 1.3
+
+
+def test_products_are_in_float32_on_a_cpu_without_bfloat16(monkeypatch):
+    """There a product in bfloat16 takes 20 to 40 times as long."""
+    monkeypatch.setattr(devices, "cpu_flags", lambda: {"avx2"})
+    model, config = with_gradients(), train_gpt2.Config(optimizer="muon", muon_lr=0.5)
+    weight = model.transformer.h[0].mlp.c_fc.weight
+    before = weight.detach().clone()
+    with Recorder() as recorder:
+        train_gpt2.configure_optimizer(model, config, "cpu").step()
+    assert recorder.dtypes["mm"] == {torch.float32}
+    exact = exact_steps(before, [weight.grad], config.muon_lr, 0.95, config.weight_decay)
+    assert relative_error(weight.detach() - before, (exact - before).float()) < 1e-4
 
 
 # -------------------------------------------------------------------------------------------------
