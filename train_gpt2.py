@@ -762,8 +762,6 @@ def open_run(config: Config, runtime: Runtime) -> Run | None:
     model = build_model(config, state, newest)
     check_code(model)
     model.to(runtime.device)
-    c = model.config  # of init_from, perhaps
-    config = dataclasses.replace(config, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
     run = build_run(config, runtime, model, splits)
     if state:
         restore(run, state)
@@ -787,6 +785,8 @@ def open_data(config: Config, runtime: Runtime) -> dict[str, shards.TokenStream]
 
 def build_run(config: Config, runtime: Runtime, model: GPT, splits: dict) -> Run:
     """A run at the start of the stream, with a model that is on its device."""
+    c = model.config  # of init_from, perhaps
+    config = dataclasses.replace(config, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
     compiled = config.compile and runtime.device.type != "mps"  # LayerNorm is wrong there
     training_model = ddp_model = TrainingModel(model, compiled)
     rows = math.ceil(config.total_batch_size // config.T / runtime.world_size)
@@ -897,6 +897,7 @@ def evaluate(config: Config, runtime: Runtime) -> int:
     model = load_model(config).to(runtime.device)
     run = build_run(config, runtime, model, open_data(config, runtime))
     run.step = checkpoint.step_of(directory)
+    run.output.print_system()
     autotune.compile_or_fall_back(run.training_model, None, run.loader.B, config.T, runtime)
     load_questions(run)
     validate(run)

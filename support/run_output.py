@@ -37,6 +37,12 @@ class RunOutput:
         # The last ones, in this order.
         self.results = dict(val_loss=None, val_bpb=None, val_perplexity=None, hellaswag=None)
 
+    def print_system(self) -> None:
+        """Prints the software and the device."""
+        r, s = self.record, self.record["settings"]
+        shape = s["n_head"], s["n_embd"], s["T"]
+        print0(devices.describe_system(r["device"], r["dtype"], *shape))
+
     def print_setup(
         self, B: int, epochs: float, lengths: dict[str, int], newest: Path | None, earlier: dict
     ) -> None:
@@ -46,8 +52,7 @@ class RunOutput:
         of the run that is continued, or {}
         """
         r, s = self.record, self.record["settings"]
-        shape = s["n_head"], s["n_embd"], s["T"]
-        print0(devices.describe_system(r["device"], r["dtype"], *shape))
+        self.print_system()
         rows = s["total_batch_size"] // s["T"]
         micro_steps = math.ceil(math.ceil(rows / r["world_size"]) / B)
         print0(

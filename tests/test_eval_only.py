@@ -33,6 +33,7 @@ def test_the_newest_checkpoint_of_a_log_directory(copy, capsys):
     code, out, err = outcome(evaluation_of(copy, sample_every=1, sample_tokens=4), capsys)
     assert (code, err) == (0, "") and f"evaluating {copy.log_dir}/step_00004" in out
     assert tree(Path(copy.log_dir).parent) == before
+    assert f"torch {torch.__version__}" in out
     loss = results_in(out)["val_loss"]
     assert loss == pytest.approx(losses(copy, "val")[4], abs=1e-4)
     assert out.count("step     4 | validation loss") == 1 and out.count("--- sample") == 4
