@@ -30,15 +30,11 @@ def parse(settings: type, recipes: dict[str, dict], arguments: list[str], descri
     for argument in unknown:
         name = argument.lstrip("-").split("=")[0]
         raise SettingError(f"{argument}: no such setting; {suggest(name, fields, '--')}")
-    if given.recipe is not None and given.recipe not in recipes:
-        raise SettingError(f"{given.recipe}: no such recipe; {suggest(given.recipe, recipes)}")
-    values = dict(recipes.get(given.recipe, {}))
-    for name, field in fields.items():
-        if field.type is tuple:
-            values[name] = tuple(getattr(given, name)) or field.default
-        elif getattr(given, name) is not None:
-            values[name] = convert(name, getattr(given, name), field.type)
-    return settings(**values)
+    values = {n: tuple(v) if isinstance(v, list) else v for n, v in vars(given).items()}
+    recipe = values.pop("recipe", None)
+    if recipe is not None and recipe not in recipes:
+        raise SettingError(f"{recipe}: no such recipe; {suggest(recipe, recipes)}")
+    return settings(**recipes.get(recipe, {}) | values)
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,24 +57,24 @@ def build_parser(settings: type, recipes: dict[str, dict], description: str) -> 
     positional = "".join(f"[{n} ...] " for n, field in fields.items() if field.type is tuple)
     parser = Parser(
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # the result has only what is given
         description=description,
         usage=f"%(prog)s {'[recipe] ' if recipes else positional}[--setting=value ...]",
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=32, width=100),
     )
     if recipes:
         parser.add_argument("recipe", nargs="?", help=", ".join(recipes))
-    else:
-        parser.set_defaults(recipe=None)
     for heading, comments in grouped_comments(settings).items():
         group = parser.add_argument_group(heading) if heading else parser
         for name, comment in comments.items():
-            default = fields[name].default
-            if fields[name].type is tuple:
-                text = f"{comment} [{' '.join(default)}]".replace("%", "%%")
+            kind, default = fields[name].type, fields[name].default
+            shown = " ".join(default) if kind is tuple else default
+            text = f"{comment} [{shown}]".replace("%", "%%")
+            if kind is tuple:
                 group.add_argument(name, nargs="*", help=text)
             else:
-                text = f"{comment} [{default}]".replace("%", "%%")
-                group.add_argument(f"--{name}", metavar="X", help=text)
+                to_kind = functools.partial(convert, name, kind=kind)
+                group.add_argument(f"--{name}", metavar="X", type=to_kind, help=text)
     return parser
 
 
