@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from support.device_clock import Instant
 from support.errors import SettingError, UserError
-from support.files import sha256, sync
+from support.files import replacing, sha256, sync
 from support.launch import print0
 
 MANIFEST = "files.json"
@@ -42,9 +42,8 @@ def write_directory(target: Path, fill) -> None:
     An existing `target` is a damaged checkpoint that a restarted run writes again.
     Raises OSError (e.g. a full disk) with no partial files left.
     """
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with replacing(target) as partial:
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed run
         partial.mkdir(parents=True)
         fill(partial)
         files = {
@@ -52,15 +51,11 @@ def write_directory(target: Path, fill) -> None:
             for path in sorted(partial.iterdir())
         }
         (partial / MANIFEST).write_text(json.dumps(files, indent=2), encoding="utf-8")
-        for path in (*partial.iterdir(), partial):
+        for path in partial.iterdir():
             sync(path)
         if target.exists():
             shutil.rmtree(target)
-        partial.rename(target)
-        sync(target.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    sync(target.parent)
 
 
 def try_directory(log_dir: Path) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 
@@ -41,8 +42,8 @@ def sync(path: Path) -> None:
 def replacing(path: Path, writer: str = ""):
     """A context that yields a temporary path, and renames it to `path` at the end.
 
-    The block writes the file at the temporary path. If it raises, `path` is as it was and no
-    temporary file is left. Raises OSError, e.g. for a full disk.
+    The block writes a file or directory at the temporary path. If it raises, `path` is as it was
+    and nothing temporary is left. Raises OSError, e.g. for a full disk.
     writer: a name of the process, if several may write the same file at the same time
     """
     partial = path.with_name(f".{path.name}{f'.{writer}' if writer else ''}.partial")
@@ -51,6 +52,7 @@ def replacing(path: Path, writer: str = ""):
         sync(partial)
         os.replace(partial, path)
     except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # if it is a directory
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise

@@ -39,14 +39,14 @@ def test_without_modes_and_without_fsync_of_directories_a_run_is_complete(
 
 @pytest.mark.parametrize("number", [errno.ENOTSUP, errno.EXDEV, errno.EPERM])
 def test_without_rename_of_directories_a_run_does_not_begin(small, monkeypatch, capsys, number):
-    original = Path.rename
+    original = os.replace
 
-    def rename(self, target):
-        if self.is_dir():
+    def rename(path, target):
+        if path.is_dir():
             raise refusal(number)
-        return original(self, target)
+        return original(path, target)
 
-    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(os, "replace", rename)
     config = small()
     code, _, errors = outcome(config, capsys)
     assert code == 2 and tree(Path(config.log_dir)).keys() == {".lock"}
