@@ -18,7 +18,6 @@ from support.stop_signals import Stopped, StopSignals
 LAUNCHER = {*TORCHRUN, *SLURM, *TASKS, "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"}
 POLL_S = 0.2  # between two checks of the command, when the run has ended
 GRACE_S = 5  # from SIGTERM to SIGKILL; torchrun and Slurm kill the run itself after 30
-ERROR = "the run ends with an error; "
 
 
 class AfterCheckpoint:
@@ -49,11 +48,11 @@ class AfterCheckpoint:
         """A context for the run: its end waits for the command, on all ranks, or for a signal."""
         try:
             yield
-        except SettingError:  # on all ranks
-            self._wait(signals, ERROR)
-            raise
-        except Exception:  # perhaps another rank is lost, and the device too: this one waits alone
-            self._wait(signals, ERROR, alone=True)
+        except Exception as error:
+            # A SettingError is raised on all ranks. After any other one, another rank is perhaps
+            # lost, and the device too: this one waits alone.
+            alone = not isinstance(error, SettingError)
+            self._wait(signals, "the run ends with an error; ", alone)
             raise
         else:
             self._wait(signals)
