@@ -5,7 +5,6 @@ import math
 import time
 
 import torch
-import torch.distributed as dist
 
 from support.distributed import Runtime, without_sync
 from support.errors import UserError
@@ -42,8 +41,7 @@ def choose_micro_batch(rows: int, most: int, T: int, training_model, runtime: Ru
         most = 1 << max(0, (65536 // T).bit_length() - 1)
         while most > 1 and not fits(training_model, most, T, runtime):
             most //= 2
-        smallest = torch.tensor(most, device=runtime.device)
-        most = int(runtime.all_reduce(smallest, op=dist.ReduceOp.MIN))
+        most = min(runtime.all_gather(most))
     return divide_evenly(rows, most)
 
 

@@ -47,10 +47,10 @@ class Runtime:
             self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
         )
 
-    def all_reduce(self, tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
-        """The sum (or another `op`) of `tensor` over all ranks, in place."""
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of `tensor` over all ranks, in place."""
         if self.world_size > 1:
-            dist.all_reduce(tensor, op=op)
+            dist.all_reduce(tensor)
         return tensor
 
     def sum_floats(self, values: list[float]) -> list[float]:
