@@ -97,7 +97,5 @@ class StopSignals:
     @staticmethod
     def number_in(counts) -> int | None:
         """The number of a signal that some rank received, from the summed rows; or None."""
-        for name, count in zip(NAMES, counts):
-            if count > 0:
-                return int(getattr(signal, name))
-        return None
+        received = (getattr(signal, name) for name, count in zip(NAMES, counts) if count > 0)
+        return next(received, None)
