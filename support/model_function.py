@@ -104,13 +104,11 @@ def gpt2_logits(weights: dict, ids, config) -> torch.Tensor:
         return y.unflatten(2, (config.n_head, -1)).transpose(1, 2)
 
     T, C = ids.size(1), config.n_embd
-    later = torch.ones(T, T, dtype=torch.bool).triu(1)
     x = weights.pop("transformer.wte.weight")[ids] + weights.pop("transformer.wpe.weight")[:T]
     for i in range(config.n_layer):
         y = F.linear(F.layer_norm(x, (C,), **take(f"h.{i}.ln_1")), **take(f"h.{i}.attn.c_attn"))
         q, k, v = map(split_heads, y.split(C, dim=2))
-        scores = q @ k.transpose(2, 3) / math.sqrt(C / config.n_head)
-        y = scores.masked_fill(later, -math.inf).softmax(dim=3) @ v
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + F.linear(y.transpose(1, 2).flatten(2), **take(f"h.{i}.attn.c_proj"))
         y = F.linear(F.layer_norm(x, (C,), **take(f"h.{i}.ln_2")), **take(f"h.{i}.mlp.c_fc"))
         x = x + F.linear(F.gelu(y, approximate="tanh"), **take(f"h.{i}.mlp.c_proj"))
