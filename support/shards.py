@@ -196,8 +196,7 @@ def open_shard(path: Path, map_file=np.memmap) -> ShardFile:
             found = (size - offset) // dtype.itemsize
             raise ValueError(f"truncated or too long: {found:,} of {math.prod(shape):,} tokens")
     except Exception as error:  # numpy's parser of a damaged header raises anything
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not a valid shard: {reason}; make it again") from None
+        raise UserError(f"{path}: not a valid shard: {error}; make it again") from None
     if dtype != np.dtype("<u2") or len(shape) != 1:
         raise UserError(
             f"{path}: {dtype} of {len(shape)} dimensions instead of uint16 of one; "
