@@ -296,8 +296,6 @@ def build(config: Config, launch: Launch) -> None:
         out.mkdir(parents=True, exist_ok=True)
         with FileLock(out / f".lock_{launch.rank:05d}", timeout=10):
             result = write_directory(config, launch, local)
-    except ModuleNotFoundError as error:
-        raise SettingError(f"{error.name}: not installed; pip install {error.name}") from None
     except OSError as error:
         if isinstance(error, Timeout):
             reason = "another process is writing there; wait"

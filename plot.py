@@ -243,15 +243,9 @@ def format_cell(value: float, error: float) -> str:
 
 
 def draw(groups: list[Group]):
-    """A matplotlib Figure with a row for each panel, and columns tokens and, if known, time.
-
-    Raises UserError if matplotlib is missing.
-    """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure  # not pyplot, which may look for a window system
-    except ImportError as error:
-        raise UserError(f"no curves without matplotlib ({error}): pip install matplotlib") from None
+    """A matplotlib Figure with a row for each panel, and columns tokens and, if known, time."""
+    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot, which may look for a window system
 
     matplotlib.rcdefaults()  # independent of the user's matplotlibrc
     matplotlib.rcParams.update(SETTINGS)

@@ -1,8 +1,8 @@
 """Errors that the user can correct, each reported in one line.
 
 A command raises `UserError` for bad input and runs its main function through `run_main`, which
-prints the line and exits with the error's code, 2. Any other exception is a bug and keeps its
-traceback.
+prints the line and exits with the error's code, 2. So does a package that is not installed. Any
+other exception is a bug and keeps its traceback.
 """
 
 import os
@@ -40,7 +40,10 @@ def run_main(main, alone: bool = False) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        sys.exit(main())
+        try:
+            sys.exit(main())
+        except ModuleNotFoundError as error:
+            raise UserError(f"{error.name}: not installed; pip install {error.name}") from None
     except UserError as error:
         if alone or not (isinstance(error, SettingError) and environment_rank() > 0):
             print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)

@@ -50,10 +50,8 @@ def find_directory(source: str) -> Path:
 
 def _download(source: str) -> Path:
     """The local copy of a model of the Hub, downloaded if it is not in the cache."""
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise UserError("huggingface_hub is not installed: pip install huggingface_hub") from None
+    from huggingface_hub import snapshot_download
+
     name = f"openai-community/{source}" if source in HUB_NAMES else source
     try:
         for weights in ("model*.safetensors", "pytorch_model*.bin"):  # old models have the second
