@@ -21,7 +21,6 @@ The file --json holds the machine under "facts", and the figures of each part un
 """
 
 import ast
-import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -564,9 +563,8 @@ def describe_machine(runtime: Runtime) -> dict:
     """The machine, the versions and the date that belong to every figure."""
     name = devices.device_name(runtime.device)
     if runtime.device.type != "cuda":
-        with contextlib.suppress(OSError, TypeError):  # TypeError: no such line
-            name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-        name = f"{name}, {torch.get_num_threads()} threads"
+        model = re.search(r"model name\s*: (.*)", devices.read_text(Path("/proc/cpuinfo")))
+        name = f"{model[1] if model else name}, {torch.get_num_threads()} threads"
     packages = ("torch", "transformers", "numpy")
     return {
         "device": name,
