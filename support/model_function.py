@@ -26,7 +26,7 @@ class SkipInit(torch.overrides.TorchFunctionMode):
 class Function(NamedTuple):
     """What is known about the function that a model computes."""
 
-    number: float | None  # result of `measure`; None if the code cannot compute a tiny model
+    number: float | None  # a loss in nats; None if the code cannot compute a tiny model
     is_gpt2: bool  # whether `transformers` computes the same logits
 
     def may_equal(self, number: float | None) -> bool:
@@ -36,11 +36,16 @@ class Function(NamedTuple):
         return math.isclose(self.number, number, rel_tol=RELATIVE_TOLERANCE)
 
 
+@torch.no_grad()
 def identify(model) -> Function:
     """The function of a model, whose own weights and device do not matter."""
     try:
-        tiny = build_tiny(model)
-        return Function(measure(tiny), computes_gpt2(tiny))
+        tiny = build_tiny(model).double()
+        ids = torch.arange(34).square().mul(7).remainder(tiny.config.vocab_size).view(2, 17)
+        logits = tiny.logits(tiny.hidden(ids[:, :-1]))
+        is_gpt2 = computes_gpt2(tiny, ids[:, :-1], logits)
+        losses = tiny.token_losses(logits.flatten(0, 1), ids[:, 1:].flatten())
+        return Function(losses.double().mean().item(), is_gpt2)
     except Exception:  # any that edited code raises, e.g. because it needs a GPU
         return Function(None, False)
 
@@ -63,30 +68,14 @@ def build_tiny(model):
     return tiny.eval()
 
 
-def example_ids(tiny) -> torch.Tensor:
-    """int64 (2, 17): token ids, the last one of each row only a target."""
-    return torch.arange(34).square().mul(7).remainder(tiny.config.vocab_size).view(2, 17)
-
-
-@torch.no_grad()
-def measure(tiny) -> float:
-    """The mean loss of a model of `build_tiny` on fixed tokens, in nats."""
-    ids = example_ids(tiny)
-    logits = tiny.double().logits(tiny.hidden(ids[:, :-1]))
-    return tiny.token_losses(logits.flatten(0, 1), ids[:, 1:].flatten()).double().mean().item()
-
-
-@torch.no_grad()
-def computes_gpt2(tiny) -> bool:
-    """Whether a model of `build_tiny` has GPT-2's parameters and logits."""
-    ids, tiny = example_ids(tiny)[:, :-1], tiny.double()
+def computes_gpt2(tiny, ids, logits) -> bool:
+    """Whether a model has GPT-2's parameters, and `logits` are GPT-2's for the token ids."""
     weights = dict(tiny.state_dict())
     try:
         expected = gpt2_logits(weights, ids, tiny.config)
     except KeyError:  # a parameter of GPT-2 is missing
         return False
-    found = tiny.logits(tiny.hidden(ids))
-    return not weights and found.shape == expected.shape and found.allclose(expected)
+    return not weights and logits.shape == expected.shape and logits.allclose(expected)
 
 
 def gpt2_logits(weights: dict, ids, config) -> torch.Tensor:
