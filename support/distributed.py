@@ -142,10 +142,8 @@ def join_process_group(rank: int, world_size: int, device, timeout_s: float) -> 
     group = dict(rank=rank, world_size=world_size, timeout=timeout)
     try:
         group["store"] = create_store(rank, world_size, timeout)
-        if device.type == "cuda":
-            dist.init_process_group("nccl", **group, device_id=device)
-        else:
-            dist.init_process_group("gloo", **group)
+        gpu = device if device.type == "cuda" else None
+        dist.init_process_group("nccl" if gpu else "gloo", **group, device_id=gpu)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         if "EADDRINUSE" in reason:
