@@ -34,8 +34,7 @@ def read_launch(*sources: tuple[str, ...]) -> Launch:
     Raises UserError if the values are incomplete or contradict each other, and if another launcher
     has started several tasks.
     """
-    sources = sources or (TORCHRUN,)
-    for names in sources:
+    for names in sources or (TORCHRUN,):
         present = [name in os.environ for name in names[:2]]
         # A Slurm batch script has SLURM_PROCID without being a task of a step.
         if all(present) or (any(present) and names == TORCHRUN):
