@@ -110,7 +110,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="directory of the runs")
     parser.add_argument("--only", default="", help="names of runs, with commas between [all]")
     parser.add_argument("--report", action="store_true", help="score the text of report_data")
-    options = parser.parse_args()
+    options = parser.parse_args(sys.argv[1:])
     sweep = read_sweep(options.file)
     names = options.only.split(",") if options.only else list(sweep.runs)
     if unknown := set(names) - set(sweep.runs):

@@ -12,7 +12,7 @@ import pytest
 from conftest import SMALL, assert_one_line, read_log
 
 import train_gpt2
-from support.errors import UserError
+from support.errors import SettingError, UserError
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import sweep  # noqa: E402
@@ -102,3 +102,9 @@ def test_a_file_that_is_not_a_sweep_is_refused(tmp_path, content):
     file.write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match="sweep.json: not a sweep"):
         sweep.read_sweep(file)
+
+
+def test_two_dashes_are_not_a_directory(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "sweep.json", "--out=--"])
+    with pytest.raises(SettingError, match="--out=--: -- is not a value"):
+        sweep.main()
