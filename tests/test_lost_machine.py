@@ -141,13 +141,21 @@ def sync(url: str, source: str, target: str) -> str:
 
 def survive(config, uninterrupted, seed: int, copy_back, forget, **variables) -> None:
     """Kills a run at 20 random instants; after each second kill its directory is lost, and copied
-    back. A run that ends before the next kill is compared, and forgotten here and there."""
+    back. A run that ends before the next kill is compared, and forgotten here and there.
+
+    The instants are shares of the time that a first run takes, which is not killed.
+    """
     generator, log_dir = random.Random(seed), Path(config.log_dir)
+    begin = time.monotonic()
+    finish(start(config, **variables))
+    seconds = time.monotonic() - begin
+    shutil.rmtree(log_dir)
+    forget()
     kills, continued, ended = 0, [], False
     while kills < 20 or not ended:
-        process = start(config, **variables)
+        process, limit = start(config, **variables), seconds * generator.uniform(0.3, 1.1)
         try:
-            output = process.communicate(timeout=generator.uniform(2, 6) if kills < 20 else 120)[0]
+            output = process.communicate(timeout=limit if kills < 20 else 120)[0]
         except subprocess.TimeoutExpired:
             process.kill()
             output = process.communicate()[0]
