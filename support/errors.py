@@ -40,10 +40,11 @@ def run_main(main, alone: bool = False) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        try:
-            sys.exit(main())
-        except ModuleNotFoundError as error:
-            raise UserError(f"{error.name}: not installed; pip install {error.name}") from None
+        sys.exit(main())
+    except ModuleNotFoundError as error:
+        name = error.name
+        print(f"error: {name}: not installed; pip install {name}", file=sys.stderr, flush=True)
+        sys.exit(UserError.code)
     except UserError as error:
         if alone or not (isinstance(error, SettingError) and environment_rank() > 0):
             print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)

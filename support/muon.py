@@ -19,11 +19,11 @@ class Muon(torch.optim.Optimizer):
     matrices each of its weights holds, one above the other
     dtype: of the products that orthogonalize
     Every rank keeps every momentum, which costs little, so the optimizer's state is the same on all
-    ranks. On a CPU a step has the bits of torch.optim.Muon's, on any number of ranks.
+    ranks. On a CPU a step in bfloat16 has the bits of torch.optim.Muon's, on any number of ranks.
     """
 
     def __init__(
-        self, params, lr: float, momentum=0.95, weight_decay=0.1, dtype=torch.bfloat16
+        self, params, lr: float, momentum: float = 0.95, weight_decay=0.1, dtype=torch.bfloat16
     ):  # fmt: skip
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, parts=1))
         self.dtype = dtype

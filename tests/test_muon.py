@@ -458,7 +458,7 @@ def test_resume_is_bit_identical(small, tmp_path, monkeypatch, dtype):
 
 @pytest.mark.faults
 def test_another_B_gives_the_same_losses(small, tmp_path):
-    """Up to the effect of another order of sums in bfloat16, in which Muon's iteration is done."""
+    """Up to the effect of another order of sums, which Muon's iteration makes larger."""
     settings = dict(optimizer="muon", max_steps=20, val_every=10)
     one = small(log_dir=str(tmp_path / "one"), **settings)
     other = small(log_dir=str(tmp_path / "other"), **settings, B=3)
