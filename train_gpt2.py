@@ -90,6 +90,7 @@ class Config:
     optimizer: str = "adamw"  # adamw; muon: Muon for the matrices of the blocks, AdamW for the rest
     schedule: str = "cosine"  # decay of the learning rate after the warm-up: cosine or linear
     max_lr: float = 6e-4  # learning rate after the warm-up
+    embedding_lr: float = 0.0  # that of the token embedding, on the schedule of max_lr; 0: max_lr
     min_lr: float = 6e-5  # learning rate at the end: 10 %
     cooldown: float = 1.0  # share of the steps after the warm-up in which the learning rate falls
     warmup_steps: int = 715  # steps of linear warm-up: 375 M tokens
@@ -365,13 +366,15 @@ def configure_optimizer(model: GPT, config: Config, device_type: str):
 
     Weight decay acts on tensors of 2 or more dimensions only.
     """
-    matrices, others = {}, []
+    wte, matrices, others = model.transformer.wte.weight, {}, []
     for name, parameter in model.named_parameters():
         if config.optimizer == "muon" and ".h." in name and parameter.dim() == 2:
             matrices[name] = parameter
-        else:
+        elif parameter is not wte:
             others.append(parameter)
+    scale = (config.embedding_lr or config.max_lr) / config.max_lr
     groups = [
+        {"params": [wte], "weight_decay": config.weight_decay, "lr_scale": scale},
         {"params": [p for p in others if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]

@@ -12,8 +12,9 @@ POSITIVE = (
     "keep_checkpoints max_bad_steps max_lr eps muon_lr timeout_s"
 )
 NOT_NEGATIVE = (
-    "seed B batch_ramp_tokens min_lr cooldown warmup_steps weight_decay beta1 beta2 grad_clip "
-    "muon_momentum val_every hellaswag_every hellaswag_examples sample_every checkpoint_every"
+    "seed B batch_ramp_tokens embedding_lr min_lr cooldown warmup_steps weight_decay beta1 beta2 "
+    "grad_clip muon_momentum val_every hellaswag_every hellaswag_examples sample_every "
+    "checkpoint_every"
 )
 LIMITS = dict(
     seed=2**64, beta1=1, beta2=1, muon_momentum=1,

@@ -287,17 +287,20 @@ def test_two_processes_have_the_bits_of_one(tmp_path):
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_both_learning_rates_follow_the_schedule(small, schedule):
+def test_all_learning_rates_follow_the_schedule(small, schedule):
+    """Those of Muon, of the token embedding, and of all other parameters."""
     config = small(
         optimizer="muon", schedule=schedule, max_lr=3e-3, min_lr=3e-4, muon_lr=0.04,
-        warmup_steps=4, max_steps=20,
+        embedding_lr=0.01, warmup_steps=4, max_steps=20,
     )  # fmt: skip
     run = train_gpt2.open_run(config, initialize(config.device, config.dtype))
     for step, part in ((0, 0.25), (3, 1.0), (4, 1.0), (12, 0.55), (20, 0.1)):
         train_gpt2.train_step(run, train_gpt2.get_lr(step, config), torch.zeros(3))
-        for kind, highest in (("muon", 0.04), ("adamw", 3e-3)):
-            rates = [group["lr"] for group in run.optimizer.optimizers[kind].param_groups]
-            assert rates == pytest.approx([highest * part] * len(rates))
+        rates = {p: group["lr"] for group in run.optimizer.param_groups for p in group["params"]}
+        for name, parameter in run.model.named_parameters():
+            is_matrix = ".h." in name and parameter.dim() == 2
+            highest = 0.01 if ".wte." in name else 0.04 if is_matrix else 3e-3
+            assert rates[parameter] == pytest.approx(highest * part), name
 
 
 # -------------------------------------------------------------------------------------------------

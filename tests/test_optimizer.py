@@ -37,6 +37,19 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay():
         assert (group["lr"], group["betas"], group["eps"]) == (1e-3, (0.8, 0.9), 1e-7)
 
 
+@pytest.mark.parametrize("embedding_lr, expected", [(0.0, 1e-3), (4e-3, 4e-3)])
+def test_the_token_embedding_has_a_learning_rate_of_its_own(small, embedding_lr, expected):
+    """AdamW's first step changes each weight by the rate, up to eps; without it, by max_lr."""
+    config = small(max_lr=1e-3, embedding_lr=embedding_lr, weight_decay=0.0)
+    run = train_gpt2.open_run(config, initialize(config.device, config.dtype))
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    train_gpt2.train_step(run, config.max_lr, torch.zeros(3))
+    for name, parameter in run.model.named_parameters():
+        changed = (parameter - before[name]).abs().max().item()
+        rate = expected if name == "transformer.wte.weight" else 1e-3
+        assert changed == pytest.approx(rate, rel=1e-3), name
+
+
 class EditedBlock(train_gpt2.Block):
     """A block with parameters whose names and shapes GPT-2 does not have."""
 

@@ -116,7 +116,7 @@ OTHER = dict(
     seed=1338, shuffle=False, init_from="gpt2", n_layer=3, n_head=4, n_embd=64, T=16,
     total_batch_size=512, batch_ramp_tokens=10**6, max_lr=2e-3, min_lr=2e-4, cooldown=0.5,
     warmup_steps=3, weight_decay=0.2, beta1=0.8, beta2=0.9, eps=1e-7, grad_clip=0.5,
-    optimizer="muon", schedule="linear", muon_lr=0.01, muon_momentum=0.9,
+    optimizer="muon", schedule="linear", muon_lr=0.01, muon_momentum=0.9, embedding_lr=2e-3,
 )  # fmt: skip
 
 

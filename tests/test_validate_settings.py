@@ -48,9 +48,9 @@ ABOVE_0 = (
     "muon_lr", "timeout_s",
 )  # fmt: skip
 NOT_BELOW_0 = (
-    "seed", "B", "batch_ramp_tokens", "min_lr", "cooldown", "warmup_steps", "weight_decay", "beta1",
-    "beta2", "grad_clip", "muon_momentum", "val_every", "hellaswag_every", "hellaswag_examples",
-    "sample_every", "checkpoint_every",
+    "seed", "B", "batch_ramp_tokens", "embedding_lr", "min_lr", "cooldown", "warmup_steps",
+    "weight_decay", "beta1", "beta2", "grad_clip", "muon_momentum", "val_every", "hellaswag_every",
+    "hellaswag_examples", "sample_every", "checkpoint_every",
 )  # fmt: skip
 IMPOSSIBLE += [({name: 0}, f"{name}=0", "above 0") for name in ABOVE_0]
 IMPOSSIBLE += [({name: -1}, f"{name}=-1", "above 0") for name in ABOVE_0]
