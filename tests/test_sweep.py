@@ -108,3 +108,12 @@ def test_two_dashes_are_not_a_directory(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sweep.py", "sweep.json", "--out=--"])
     with pytest.raises(SettingError, match="--out=--: -- is not a value"):
         sweep.main()
+
+
+def test_the_settings_of_the_published_comparison_are_valid():
+    """benchmarks/fewer_tokens.json, from which tables of BENCHMARKS.md come."""
+    content = sweep.read_sweep(sweep.ROOT / "benchmarks" / "fewer_tokens.json")
+    assert len(content.seeds) == 3 and content.report_data != content.common["data"]
+    for settings in content.runs.values():
+        arguments = [f"--{name}={value}" for name, value in (content.common | settings).items()]
+        train_gpt2.parse_config(["gpt2", *arguments])
