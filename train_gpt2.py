@@ -364,7 +364,8 @@ class GPT(nn.Module):
 def configure_optimizer(model: GPT, config: Config, device_type: str):
     """AdamW, or Muon for the matrices of the blocks and AdamW for all other parameters.
 
-    Weight decay acts on tensors of 2 or more dimensions only.
+    Weight decay acts on tensors of 2 or more dimensions only. The learning rate of a group is the
+    schedule of max_lr times its `lr_scale`, if it has one.
     """
     wte, matrices, others = model.transformer.wte.weight, {}, []
     for name, parameter in model.named_parameters():
@@ -388,7 +389,7 @@ def configure_optimizer(model: GPT, config: Config, device_type: str):
     if matrices:
         rates = config.muon_lr, config.muon_momentum, config.weight_decay
         first = muon.configure_muon(matrices, *rates)
-        for group in first.param_groups:  # on the schedule of max_lr
+        for group in first.param_groups:
             group["lr_scale"] = config.muon_lr / config.max_lr
         optimizer = muon.CombinedOptimizer(muon=first, adamw=optimizer)
     grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
