@@ -110,8 +110,8 @@ def test_two_dashes_are_not_a_directory(monkeypatch):
         sweep.main()
 
 
-def test_the_settings_of_the_published_comparison_are_valid():
-    """benchmarks/fewer_tokens.json, from which tables of BENCHMARKS.md come."""
+def test_the_settings_of_the_comparison_in_the_repository_are_valid():
+    """benchmarks/fewer_tokens.json, whose command is in BENCHMARKS.md."""
     content = sweep.read_sweep(sweep.ROOT / "benchmarks" / "fewer_tokens.json")
     assert len(content.seeds) == 3 and content.report_data != content.common["data"]
     for settings in content.runs.values():
