@@ -17,6 +17,14 @@ from support.stop_signals import StopSignals
 ALONE = Runtime(0, 1, torch.device("cpu"), torch.float32)
 
 
+@pytest.fixture(autouse=True)
+def default_hangup():
+    """SIGHUP ends a process here, also if nohup has started the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def stop_in_step_2(config, monkeypatch, number: int) -> int:
     """The exit code of a run in this process that gets a signal in step 2."""
     original = train_gpt2.get_lr
@@ -42,12 +50,9 @@ def test_each_signal_that_would_end_the_run_saves_it(small, monkeypatch, capsys,
 
 def test_under_nohup_a_closed_terminal_does_not_stop_the_run(small, monkeypatch):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        config = small(max_steps=6)
-        assert stop_in_step_2(config, monkeypatch, signal.SIGHUP) == 0
-        assert len(losses(config)) == 6
-    finally:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    config = small(max_steps=6)
+    assert stop_in_step_2(config, monkeypatch, signal.SIGHUP) == 0
+    assert len(losses(config)) == 6
 
 
 def test_signals_after_the_last_step_do_not_fail_a_finished_run(small):
