@@ -148,8 +148,8 @@ RECIPES = {
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, max_lr=2.5e-4, min_lr=2.5e-5),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4, min_lr=2e-5),
     # GPT-2 124M with Muon in a third of the tokens; not measured at this size. embedding_lr is that
-    # of modded-nanogpt's first run with Muon, whose head is tied too. max_lr is a sixth of it, and
-    # all other values are as they were best for a small model (BENCHMARKS.md).
+    # of modded-nanogpt's first run with Muon, whose head is tied too. max_lr stays a sixth of it,
+    # and the other values of optimizer and schedule are the best of a small model (BENCHMARKS.md).
     "speedrun": dict(
         optimizer="muon", muon_momentum=0.9, beta1=0.8, beta2=0.99, embedding_lr=3.6e-3,
         schedule="linear", min_lr=0.0, cooldown=0.7, warmup_steps=318, max_steps=6358,
