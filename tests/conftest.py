@@ -1,5 +1,6 @@
 """Helpers and fixtures that several test files use: small runs, what they leave, how they end."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -9,6 +10,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -133,6 +135,29 @@ def pytest_runtest_makereport(item, call):
         )
         report.sections.append(("gpt2", text))
     return report
+
+
+# -------------------------------------------------------------------------------------------------
+# A port without a server
+
+
+@contextlib.contextmanager
+def reserved_port():
+    """A port of 127.0.0.1 that refuses connections until a server of the test listens on it.
+
+    It stays bound, so that no other process is given it. A server that sets SO_REUSEADDR, as
+    torch's and Python's do, can listen on it nevertheless.
+    """
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
+@pytest.fixture
+def port():
+    with reserved_port() as number:
+        yield number
 
 
 # -------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, environment, reserved_port
 
 from support import tokenizer
 
@@ -52,6 +52,7 @@ class Hub:
     def __init__(self):
         self.datasets = {}  # {dataset: {commit or "main": (commit, {path: bytes})}}
         self.requests, self.troubles, self.lock = [], [], threading.Lock()
+        self.held = contextlib.ExitStack()
         handler = type("ForThisHub", (Handler,), {"hub": self})
         self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
         for server in self.servers:
@@ -94,7 +95,13 @@ class Hub:
         """The names of the files whose contents were requested, in order."""
         return [Path(request.line).name for request in self.asked("^GET /cdn/")]
 
+    def stop_listening(self) -> None:
+        """Its address refuses connections, and no other server is given its port."""
+        held = self.held.enter_context(reserved_port())
+        self.url = f"http://127.0.0.1:{held}"
+
     def close(self) -> None:
+        self.held.close()
         for server in self.servers:
             server.shutdown()
             server.server_close()

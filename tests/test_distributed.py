@@ -32,18 +32,11 @@ def join(monkeypatch, capsys):
     return run
 
 
-@pytest.fixture
-def free_port():
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        return other.getsockname()[1]
-
-
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_never_comes_is_a_lost_process(rank, free_port, join):
-    code, error = join(rank, free_port)
+def test_a_rank_that_never_comes_is_a_lost_process(rank, port, join):
+    code, error = join(rank, port)
     assert code == 3, error
-    words = (f"rank {rank}", "2 processes", f"127.0.0.1:{free_port}", "timeout_s=1")
+    words = (f"rank {rank}", "2 processes", f"127.0.0.1:{port}", "timeout_s=1")
     assert_one_line(error, words)
 
 
@@ -130,9 +123,9 @@ def join_on_gpus(fault: str, port: int) -> list[subprocess.Popen]:
         ("none", ""),
     ],
 )
-def test_gpus_that_do_not_reach_each_other_are_reported(fault, reason, free_port):
+def test_gpus_that_do_not_reach_each_other_are_reported(fault, reason, port):
     """By each rank, in one line with the remedy; the process ends though its teardown would not."""
-    for rank, process in enumerate(join_on_gpus(fault, free_port)):
+    for rank, process in enumerate(join_on_gpus(fault, port)):
         output, errors = process.communicate(timeout=120)
         if fault == "none":
             assert process.returncode == 0 and without_gloo(output) == "joined\n", errors
@@ -143,8 +136,8 @@ def test_gpus_that_do_not_reach_each_other_are_reported(fault, reason, free_port
         assert_one_line(line, words)
 
 
-def test_a_rank_that_hangs_in_front_of_the_first_all_reduce_is_named(free_port):
-    first, second = join_on_gpus("a rank hangs", free_port)
+def test_a_rank_that_hangs_in_front_of_the_first_all_reduce_is_named(port):
+    first, second = join_on_gpus("a rank hangs", port)
     errors = first.communicate(timeout=120)[1]
     assert first.returncode == 3, errors
     assert_one_line(errors[errors.index("error: ") :], ("no answer from rank 1",))

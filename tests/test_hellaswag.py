@@ -6,7 +6,6 @@ Each command line runs in a process of its own. The server is on loopback.
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -110,13 +109,9 @@ def test_a_process_killed_while_downloading_does_not_block_the_next(
     assert forks(download_case())[0].code == 0
 
 
-def test_no_server_and_no_folder(forks, download_case, tmp_path):
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # and not listening
-        url = f"http://127.0.0.1:{closed.getsockname()[1]}/{{}}"
-        assert_one_error(
-            forks(download_case() | {"URL": url})[0], "does not answer", "put the file"
-        )
+def test_no_server_and_no_folder(forks, download_case, port, tmp_path):
+    url = f"http://127.0.0.1:{port}/{{}}"
+    assert_one_error(forks(download_case() | {"URL": url})[0], "does not answer", "put the file")
     (tmp_path / "file").write_text("in the way")
     assert_one_error(forks(download_case() | {"FOLDER": str(tmp_path / "file")})[0], "put the file")
 

@@ -4,7 +4,6 @@ import functools
 import random
 import re
 import signal
-import socket
 from pathlib import Path
 
 import hellaswag_helpers as helpers
@@ -119,11 +118,8 @@ def test_two_processes_under_torchrun_have_the_same_score(shared_score, tmp_path
     assert list(console_scores(done.stdout)) == [0, 2]
 
 
-def ranks(config, count: int) -> list[dict]:
+def ranks(config, count: int, port: int) -> list[dict]:
     """The processes of a run as a launcher would start them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
         training(
@@ -135,32 +131,32 @@ def ranks(config, count: int) -> list[dict]:
     ]
 
 
-def test_three_processes_have_the_same_score(forks, shared_score, tmp_path):
+def test_three_processes_have_the_same_score(forks, shared_score, port, tmp_path):
     settings, scores = shared_score
     config = train_gpt2.Config(**settings, log_dir=str(tmp_path / "log"))
-    results = forks(*ranks(config, 3))
+    results = forks(*ranks(config, 3, port))
     assert [result.code for result in results] == [0] * 3, results
     assert losses(config, "hella") == scores
     assert [len(console_scores(result.out)) for result in results] == [2, 0, 0]
 
 
-def test_processes_of_a_run_download_once(forks, shared_score, server, tmp_path):
+def test_processes_of_a_run_download_once(forks, shared_score, port, server, tmp_path):
     settings, _ = shared_score
     config = train_gpt2.Config(**settings | dict(hellaswag_data=""), log_dir=str(tmp_path / "log"))
     where = dict(FOLDER=str(tmp_path / "data"), EXAMPLES={"val": 12}, URL=server.url("slow"))
-    results = forks(*[case | where for case in ranks(config, 2)])
+    results = forks(*[case | where for case in ranks(config, 2, port)])
     assert [result.code for result in results] == [0] * 2, results
     assert list(losses(config, "hella")) == [0, 2] and len(server.requests) == 1
 
 
-def test_processes_without_data_train(forks, shared_score, server, tmp_path):
+def test_processes_without_data_train(forks, shared_score, port, server, tmp_path):
     """One waits for the server in vain, not one after the other: that can take minutes each."""
     settings, _ = shared_score
     config = train_gpt2.Config(**settings | dict(hellaswag_data=""), log_dir=str(tmp_path / "log"))
     where = dict(
         FOLDER=str(tmp_path / "data"), EXAMPLES={"val": 12}, URL=server.url("slow_missing")
     )
-    results = forks(*[case | where for case in ranks(config, 2)])
+    results = forks(*[case | where for case in ranks(config, 2, port)])
     assert [result.code for result in results] == [0] * 2, results
     assert "".join(result.out for result in results).count("HellaSwag is skipped") == 1
     assert list(losses(config)) == [0, 1] and losses(config, "hella") == {}

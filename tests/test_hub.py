@@ -52,8 +52,8 @@ pytestmark = [requires("datasets"), pytest.mark.usefixtures("no_file_holds_the_t
 
 
 def no_hub(hub: Hub) -> list[str]:
-    """No server listens at its address; `huggingface_hub` itself retries for half a minute."""
-    hub.close()
+    """Its address refuses connections; `huggingface_hub` itself retries for half a minute."""
+    hub.stop_listening()
     return []
 
 

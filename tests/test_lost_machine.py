@@ -24,6 +24,7 @@ from conftest import (
     environment,
     finish,
     read_log,
+    reserved_port,
     start,
     weights,
 )
@@ -59,12 +60,6 @@ def complete(tmp_path_factory):
 
 # -------------------------------------------------------------------------------------------------
 # Servers
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 class Proxy:
@@ -111,23 +106,23 @@ class Proxy:
 @pytest.fixture(scope="module")
 def s3():
     """The port of an S3 server with the bucket `bucket`."""
-    port = free_port()
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], **quiet
-    )
-    try:
-        deadline = time.monotonic() + 60
-        url = f"http://127.0.0.1:{port}"
-        while subprocess.run(
-            [*AWS, url, "s3", "mb", "s3://bucket"],
-            env=environment(**CREDENTIALS), **quiet,
-        ).returncode:  # fmt: skip
-            assert time.monotonic() < deadline and server.poll() is None
-        yield port
-    finally:
-        server.kill()
-        server.wait()
+    with reserved_port() as port:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], **quiet
+        )
+        try:
+            deadline = time.monotonic() + 60
+            url = f"http://127.0.0.1:{port}"
+            while subprocess.run(
+                [*AWS, url, "s3", "mb", "s3://bucket"],
+                env=environment(**CREDENTIALS), **quiet,
+            ).returncode:  # fmt: skip
+                assert time.monotonic() < deadline and server.poll() is None
+            yield port
+        finally:
+            server.kill()
+            server.wait()
 
 
 def sync(url: str, source: str, target: str) -> str:

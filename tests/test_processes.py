@@ -1,6 +1,5 @@
 """The same run on 1, 2 and 3 processes, on two nodes, and through torchrun."""
 
-import socket
 import subprocess
 import sys
 
@@ -87,15 +86,8 @@ def test_compiled_in_processes_then_continued_in_one(single, tmp_path, processes
     assert list(losses(longer)) == list(range(6))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def two_nodes(config) -> list[str]:
+def two_nodes(config, port: int) -> list[str]:
     """The outputs of two torchrun agents with one process each, which must end well."""
-    port = free_port()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
     launcher += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test"]
     command = [*launcher, str(ROOT / "train_gpt2.py"), *command_line(config)]
@@ -107,13 +99,13 @@ def two_nodes(config) -> list[str]:
 
 
 @pytest.mark.faults
-def test_two_nodes_train_and_continue(single, tmp_path):
+def test_two_nodes_train_and_continue(single, port, tmp_path):
     settings, train, val = single
     settings = settings | dict(log_dir=str(tmp_path / "log"), sample_every=4, sample_tokens=4)
-    two_nodes(train_gpt2.Config(**settings | dict(checkpoint_every=4)))
+    two_nodes(train_gpt2.Config(**settings | dict(checkpoint_every=4)), port)
     config = train_gpt2.Config(**settings)
     assert losses(config) == pytest.approx(train, abs=1e-5)
-    outputs = two_nodes(train_gpt2.Config(**settings | dict(max_steps=10)))
+    outputs = two_nodes(train_gpt2.Config(**settings | dict(max_steps=10)), port)
     assert "continuing from" in "".join(outputs)
     assert list(losses(config)) == list(range(10))
     assert losses(config, "val")[4] == pytest.approx(val[4], abs=1e-5)
