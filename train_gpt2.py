@@ -82,7 +82,7 @@ class Config:
     T: int = 1024  # context length, in tokens
 
     # batch
-    B: int = 0  # rows of a micro-batch, at most; 0: the most that fit the device
+    B: int = 0  # rows of a micro-batch, at most; 0: as many as suit the device
     total_batch_size: int = 524288  # tokens per step over all ranks: 2**19, GPT-3's 0.5 M
     batch_ramp_tokens: int = 0  # tokens over which the batch grows from 32,768; 0: no ramp
 
@@ -149,7 +149,7 @@ RECIPES = {
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4, min_lr=2e-5),
     # GPT-2 124M with Muon in a third of the tokens; not measured at this size. embedding_lr is that
     # of modded-nanogpt's first run with Muon, whose head is tied too. max_lr stays a sixth of it,
-    # and the other values of optimizer and schedule are the best of a small model (BENCHMARKS.md).
+    # and the other values of optimizer and schedule are those of a small model (BENCHMARKS.md).
     "speedrun": dict(
         optimizer="muon", muon_momentum=0.9, beta1=0.8, beta2=0.99, embedding_lr=3.6e-3,
         schedule="linear", min_lr=0.0, cooldown=0.7, warmup_steps=318, max_steps=6358,

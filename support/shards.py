@@ -127,7 +127,10 @@ def open_splits(data: str) -> dict[str, TokenStream]:
     if path.is_file() and path.suffix.lower() == ".txt":
         return _tokenize_text(path)
     if path.is_file():
-        raise SettingError(f"data={data!r}: neither a directory of shards nor a .txt file")
+        raise SettingError(
+            f"data={data!r}: neither a directory of shards nor a .txt file; python fineweb.py "
+            "--source=FILE --out=DIRECTORY makes shards of parquet, jsonl and txt files"
+        )
     if not path.is_dir():
         raise SettingError(f"data={data!r}: no such directory or file; {GET_DATA}")
     load_manifest(path)

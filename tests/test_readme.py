@@ -63,6 +63,22 @@ def test_every_command_is_parsed_by_its_program():
             parse(words[at], words[at + 1 :])
 
 
+def test_commands_with_one_log_dir_are_one_run():
+    """Whoever gives all commands of a page in their order is never refused by the run before."""
+    for name, page in PAGES.items():
+        runs = {}
+        for command, _ in commands(page):
+            for part in command.split(" && "):
+                words = shlex.split(part)
+                if "train_gpt2.py" not in words:
+                    continue
+                config = train_gpt2.parse_config(words[words.index("train_gpt2.py") + 1 :])
+                if not config.eval_only:
+                    settings = vars(config).items()
+                    kept = {k: v for k, v in settings if k not in train_gpt2.MAY_CHANGE - {"data"}}
+                    assert runs.setdefault(config.log_dir, kept) == kept, (name, part)
+
+
 def test_every_program_line_is_in_a_block_of_commands():
     """So that the tests here see it: a fence of another kind, or no fence, would hide it."""
     for name, page in PAGES.items():

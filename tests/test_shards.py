@@ -386,7 +386,7 @@ def test_other_files_are_refused_by_name(tmp_path):
     """One shard instead of their directory; a text in another encoding."""
     (tmp_path / "train_0.npy").write_bytes(SHARD)
     (tmp_path / "latin.txt").write_bytes("Où êtes-vous?".encode("latin-1") * 20)
-    with pytest.raises(SettingError, match=r"train_0\.npy.*neither a directory of shards nor"):
+    with pytest.raises(SettingError, match=r"train_0\.npy.*neither a dir.*fineweb\.py --source"):
         open_splits(str(tmp_path / "train_0.npy"))
     with pytest.raises(SettingError, match=r"latin\.txt.*UTF-8"):
         open_splits(str(tmp_path / "latin.txt"))
