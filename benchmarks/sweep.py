@@ -82,12 +82,15 @@ def report(settings: dict, log_dir: Path, data: str) -> float:
     """The loss of a finished run on the validation set of `data`, kept in `report.json`."""
     path = log_dir / "report.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if data not in found:
+    key = " ".join(
+        [data, *(f"{name}={settings.get(name)}" for name in ("max_steps", "val_tokens"))]
+    )
+    if key not in found:
         options = dict(log_dir=log_dir, data=data, eval_only=True, hellaswag_every=0)
         output = call_trainer(settings | options | {"sample_every": 0})
-        found[data] = float(re.search(r"^val_loss: (\S+)$", output, re.M)[1])
+        found[key] = float(re.search(r"^val_loss: (\S+)$", output, re.M)[1])
         write_text(path, json.dumps(found))
-    return found[data]
+    return found[key]
 
 
 def format_table(losses: dict[str, list[float]]) -> str:

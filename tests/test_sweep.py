@@ -89,6 +89,18 @@ def test_a_report_is_of_other_text_and_is_kept(runs_of):
     assert "fast, seed 1: 9.5000" in runs_of("--only=fast", "--report")
 
 
+def test_a_continued_run_is_reported_again(runs_of, tmp_path):
+    """With more steps, or with more tokens of the text."""
+    file = tmp_path / "sweep.json"
+    reported = [runs_of("--only=fast", "--report")]
+    for change in (dict(max_steps=6), dict(val_tokens=640)):
+        content = json.loads(file.read_text())
+        content["common"] |= change
+        file.write_text(json.dumps(content))
+        reported.append(runs_of("--only=fast", "--report"))
+    assert len({text.splitlines()[-1] for text in reported}) == 3
+
+
 def test_a_trainer_that_fails_is_named(tmp_path):
     settings = {"data": str(tmp_path / "missing.txt"), "log_dir": str(tmp_path / "log")}
     with pytest.raises(UserError, match="code 2") as error:
