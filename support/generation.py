@@ -106,6 +106,8 @@ def generate_texts(
 
     Text i is sampled with top_k 50 and seed 42 + i. check_signals: called on all ranks before each
     """
+    if model.config.vocab_size < tokenizer.VOCAB_SIZE:
+        return [f"no sample: the model has {model.config.vocab_size:,} of GPT-2's tokens"]
     encoding = tokenizer.get_encoding()
     ids = encoding.encode_ordinary(prompt) or [encoding.eot_token]
     texts = []

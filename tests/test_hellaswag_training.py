@@ -258,10 +258,12 @@ def test_a_model_of_another_vocabulary_trains_without(small, tmp_path, capsys):
     data = write_examples(tmp_path / "data.jsonl", EXAMPLES[:2])
     config = small(
         data=str(tmp_path / "shards"), init_from=str(tmp_path / "model"), max_steps=2,
-        hellaswag_every=1, hellaswag_data=str(data),
+        hellaswag_every=1, hellaswag_data=str(data), sample_every=2,
     )  # fmt: skip
     assert train_gpt2.train(config) == 0
-    assert_trained_without(config, capsys.readouterr().out)
+    output = capsys.readouterr().out
+    assert_trained_without(config, output)
+    assert output.count("no sample: the model has 1,000 of GPT-2's tokens") == 1
 
 
 def test_hellaswag_every_0_never_reads_the_data(small, tmp_path, monkeypatch, server, capsys):
