@@ -46,7 +46,7 @@ class RunLock:
         problem = None
         if self.runtime.master_process and (write or Path(self.lock.lock_file).exists()):
             problem = self._lock()
-            if write and not problem:
+            if self.lock.is_locked:
                 started = time.strftime("%Y-%m-%d %H:%M:%S")
                 holder = dict(host=socket.gethostname(), pid=os.getpid(), since=started)
                 with contextlib.suppress(OSError):  # `try_directory` reports it

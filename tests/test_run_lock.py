@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import socket
 
@@ -50,8 +51,12 @@ def test_of_two_new_runs_the_second_is_refused(tmp_path):
 
 def test_the_lock_of_an_earlier_run_is_taken_before_it_is_read(tmp_path):
     (tmp_path / ".lock").touch()
-    with RunLock(tmp_path, ALONE), pytest.raises(SettingError, match="in use by another process"):
+    killed = dict(host="node", pid=2**22 + 1, since="2026-01-01 00:00:00")
+    (tmp_path / ".lock.json").write_text(json.dumps(killed))
+    with RunLock(tmp_path, ALONE), pytest.raises(SettingError) as error:
         RunLock(tmp_path, ALONE).__enter__()
+    assert f"in use by process {os.getpid()} on " in str(error.value)
+    assert tree(tmp_path).keys() == {".lock"}
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
