@@ -4,6 +4,7 @@ its run may be continued."""
 import contextlib
 import hashlib
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -124,7 +125,7 @@ class RunLog:
 
     def best(self, steps) -> int | None:
         """The step among `steps` with the lowest validation loss so far."""
-        steps = [step for step in steps if step in self.val_losses]
+        steps = [step for step in steps if math.isfinite(self.val_losses.get(step, math.nan))]
         return min(steps, key=self.val_losses.get, default=None)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import resource
 import shutil
 import subprocess
@@ -64,11 +65,12 @@ def test_best_is_the_step_with_the_lowest_validation_loss_among_those_given(tmp_
     log = RunLog(tmp_path)
     log.remove_steps(0)
     assert log.best([0, 1]) is None
-    for step, value in enumerate([9.0, 5.0, 7.0, 6.0]):
+    for step, value in enumerate([9.0, 5.0, 7.0, 6.0, math.nan]):
         log.write(step, "val", value)
         log.write(step, "train", -value)
     assert log.best([0, 1, 2, 3]) == 1
     assert log.best([0, 2, 3]) == 3
+    assert log.best([4, 2, 3]) == 3 and log.best([4]) is None
     assert log.best([7]) is None
     assert log.best({}) is None
 
