@@ -744,27 +744,27 @@ def open_run(config: Config, runtime: Runtime) -> Run | None:
     Checks settings, data and checkpoint, and writes nothing.
     """
     log_dir = Path(config.log_dir)
-    record = run_log.read_run_json(log_dir, config.resume)
-    check_resume = functools.partial(run_log.check_resume, vars(config), MAY_CHANGE)
-    check_resume(record)
-    newest = checkpoint.newest_valid(log_dir)
-    final = checkpoint.step_directory(log_dir, config.max_steps)
-    if newest == final and run_log.is_finished(log_dir, record, config.max_steps):
+    with runtime.failing_together():
+        record = run_log.read_run_json(log_dir, config.resume)
+        check_resume = functools.partial(run_log.check_resume, vars(config), MAY_CHANGE)
+        check_resume(record)
+        newest = checkpoint.newest_valid(log_dir)
+        finished = checkpoint.is_finished(newest, record, config.max_steps)
+    found = {"newest checkpoint": newest and newest.name, "finished": finished}
+    runtime.check_same(found, f"log_dir={config.log_dir!r} must be one directory of all nodes")
+    if finished:
         print0(
             f"{log_dir}: this run is finished, at step {config.max_steps} of {config.max_steps}; "
             "give a larger --max_steps to continue it, or another --log_dir for a new run"
         )
         return None
-    state = checkpoint.load_state(newest / "train_state.pt") if newest else {}
     splits = open_data(config, runtime)
-    for earlier in (record, state):
-        check_resume(earlier, splits["train"].fingerprint)
-    step = state.get("step", 0)
-    if runtime.sum_float(step) != step * runtime.world_size:
-        raise UserError(f"log_dir={str(log_dir)!r}: must be one directory shared by all nodes")
-
-    model = build_model(config, state, newest)
-    check_code(model)
+    with runtime.failing_together():
+        state = checkpoint.load_state(newest / "train_state.pt") if newest else {}
+        for earlier in (record, state):
+            check_resume(earlier, splits["train"].fingerprint)
+        model = build_model(config, state, newest)
+        check_code(model)
     model.to(runtime.device)
     run = build_run(config, runtime, model, splits)
     if state:
@@ -777,13 +777,16 @@ def open_run(config: Config, runtime: Runtime) -> Run | None:
 
 def open_data(config: Config, runtime: Runtime) -> dict[str, shards.TokenStream]:
     """The checked splits of the data that the run uses: train, and val if it validates."""
-    splits = shards.open_splits(config.data)
-    if not config.val_every:
-        splits = {"train": splits["train"]}
-    shards.check_lengths(config.data, splits, config.T)
+    with runtime.failing_together():
+        splits = shards.open_splits(config.data)
+        if not config.val_every:
+            splits = {"train": splits["train"]}
+        shards.check_lengths(config.data, splits, config.T)
+        found = {f"tokens of {name}": split.fingerprint for name, split in splits.items()}
+        tokenizer.load_ranks()  # checkpoints contain the tokenizer: a missing file is reported now
+    runtime.check_same(found, f"data={config.data!r} must be the same tokens on all nodes")
     if config.check_data:
-        shards.verify_shards(config.data, runtime.rank, runtime.world_size, runtime.sum_floats)
-    tokenizer.load_ranks()  # checkpoints contain the tokenizer: a missing file is reported now
+        shards.verify_shards(config.data, runtime.rank, runtime.world_size, runtime.all_gather)
     return splits
 
 
@@ -795,25 +798,19 @@ def build_run(config: Config, runtime: Runtime, model: GPT, splits: dict) -> Run
     training_model = ddp_model = TrainingModel(model, compiled)
     rows = math.ceil(config.total_batch_size // config.T / runtime.world_size)
     B = autotune.choose_micro_batch(rows, config.B, config.T, training_model, runtime)
-    loader_settings = dict(
+    common = dict(
         B=B, T=config.T, process_rank=runtime.rank, num_processes=runtime.world_size,
         vocab_size=model.config.vocab_size, device=runtime.device,
     )  # fmt: skip
     loader = DataLoaderLite(
-        splits["train"], **loader_settings, shuffle=config.shuffle, seed=config.seed,
+        splits["train"], **common, shuffle=config.shuffle, seed=config.seed,
         rows_at=lambda position: batch_rows(position, config),
     )  # fmt: skip
-    val_loaders = {
-        name: DataLoaderLite(tokens, **loader_settings)
-        for name, tokens in splits.items()
-        if name != "train"
-    }
+    val_loaders = {n: DataLoaderLite(t, **common) for n, t in splits.items() if n != "train"}
     device = runtime.device
     if runtime.world_size > 1:
         ids = [device.index] if device.type == "cuda" else None
-        ddp_model = DistributedDataParallel(
-            training_model, device_ids=ids, gradient_as_bucket_view=True
-        )
+        ddp_model = DistributedDataParallel(training_model, ids, gradient_as_bucket_view=True)
     return Run(
         config=config, runtime=runtime, model=model, training_model=training_model,
         ddp_model=ddp_model, optimizer=configure_optimizer(model, config, device.type),
@@ -851,6 +848,7 @@ def count_epochs(config: Config, loader: DataLoaderLite) -> float:
 # The run: loop
 
 
+@naming_lost_ranks()
 def train(config: Config, process_ends: bool = False) -> int:
     """Trains by the settings until max_steps or a signal; returns the exit code.
 
@@ -859,9 +857,10 @@ def train(config: Config, process_ends: bool = False) -> int:
     Raises UserError for what the user can correct, and if another process is lost.
     """
     runtime = initialize(config.device, config.dtype, read_launch(), config.timeout_s)
+    validate_settings.check_same(vars(config), runtime)
     if config.eval_only:
         return evaluate(config, runtime)
-    with naming_lost_ranks(), RunLock(config.log_dir, runtime) as lock:
+    with RunLock(config.log_dir, runtime) as lock:
         run = open_run(config, runtime)
         if run is None:
             return 0
@@ -892,13 +891,14 @@ def evaluate(config: Config, runtime: Runtime) -> int:
 
     The model is that of `init_from` or, if that is "scratch", the newest one in `log_dir`.
     """
-    source = config.init_from
-    if source == "scratch":
-        source = runtime.all_gather(checkpoint.require_newest(Path(config.log_dir)))[0]
-    directory = model_files.find_directory(str(source))
-    print0(f"evaluating {directory}")
-    config = dataclasses.replace(config, init_from=str(directory))
-    model = load_model(config).to(runtime.device)
+    with runtime.failing_together():
+        new = config.init_from == "scratch" and checkpoint.require_newest(Path(config.log_dir))
+    source = runtime.all_gather(new)[0] or config.init_from
+    with runtime.failing_together():
+        directory = model_files.find_directory(str(source))
+        print0(f"evaluating {directory}")
+        config = dataclasses.replace(config, init_from=str(directory))
+        model = load_model(config).to(runtime.device)
     run = build_run(config, runtime, model, open_data(config, runtime))
     run.step = checkpoint.step_of(directory)
     run.output.print_system()

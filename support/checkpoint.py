@@ -199,6 +199,18 @@ def newest_valid(log_dir: Path, file=None) -> Path | None:
     return None
 
 
+def is_finished(newest: Path | None, record: dict, max_steps: int) -> bool:
+    """Whether the newest checkpoint is the end, at `max_steps`, of a run that `record` calls ended.
+
+    record: content of run.json. In a copy of a directory that changed meanwhile, `log.txt` may be
+    the older one: then the run is not finished.
+    """
+    if not newest or not step_of(newest) == record.get("finished_step") == max_steps:
+        return False
+    log = newest.parent / "log.txt"
+    return log.exists() and log.stat().st_size >= record.get("log_bytes", 0)
+
+
 def require_newest(log_dir: Path) -> Path:
     """The newest valid checkpoint in `log_dir`. Raises SettingError if there is none."""
     if (newest := newest_valid(log_dir)) is None:

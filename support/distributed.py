@@ -53,13 +53,9 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
-    def sum_floats(self, values: list[float]) -> list[float]:
-        """The sums of some numbers over all ranks."""
-        return self.all_reduce(torch.tensor(values, device=self.device).float()).tolist()
-
     def sum_float(self, value: float) -> float:
-        """The sum of a number over all ranks."""
-        return self.sum_floats([value])[0]
+        """The sum of a number over all ranks, in float32."""
+        return self.all_reduce(torch.tensor([value], device=self.device).float()).item()
 
     def all_gather(self, value) -> list:
         """The Python objects of all ranks, by rank."""
@@ -67,6 +63,30 @@ class Runtime:
         if self.world_size > 1:
             dist.all_gather_object(values, value)
         return values
+
+    @contextlib.contextmanager
+    def failing_together(self):
+        """A context without collectives: if a rank raises UserError in it, all ranks do.
+
+        They raise SettingError with the message of the first such rank.
+        """
+        message = None
+        try:
+            yield
+        except UserError as error:
+            message = str(error)
+        for rank, found in enumerate(self.all_gather(message)):
+            if found is not None:
+                raise SettingError(f"rank {rank}: {found}" if rank > 0 else found)
+
+    def check_same(self, values: dict, remedy: str) -> None:
+        """Raises SettingError, on all ranks, if one of the named values is not the same on all."""
+        first, *others = self.all_gather(values)
+        for rank, other in enumerate(others, start=1):
+            for name in first | other:  # another version may have other names
+                a, b = (found.get(name) for found in (first, other))
+                if a != b:
+                    raise SettingError(f"{name}={a!r}, but {b!r} on rank {rank}: {remedy}")
 
     def barrier(self) -> None:
         """Returns when all ranks have called it."""
@@ -123,11 +143,6 @@ class LostProcess(UserError):
     """Another process of the run has ended or hangs, so no step can be finished."""
 
     code = 3
-
-    @property
-    def ends_at_once(self) -> bool:
-        """With NCCL: its kernels wait for the lost process, and its teardown waits for them."""
-        return dist.is_initialized() and dist.get_backend() == "nccl"
 
 
 def join_process_group(rank: int, world_size: int, device, timeout_s: float) -> None:

@@ -13,11 +13,10 @@ class UserError(Exception):
     """An error that the user can correct: the message names the file or setting and the remedy."""
 
     code = 2  # exit code of the program
-    ends_at_once = False  # whether the interpreter's teardown is skipped, because it may hang
 
 
 class SettingError(UserError):
-    """A UserError that every rank raises, so that only rank 0 prints it."""
+    """A UserError that every rank of a node raises, so that only the first of them prints it."""
 
 
 def environment_rank() -> int:
@@ -25,6 +24,11 @@ def environment_rank() -> int:
     rank, world_size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
     valid = rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)
     return int(rank) if valid else 0
+
+
+def first_of_node() -> bool:
+    """Whether the launcher's variables make this process the first one of its node, or the only."""
+    return environment_rank() == 0 or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def run_main(main, alone: bool = False) -> None:
@@ -46,9 +50,12 @@ def run_main(main, alone: bool = False) -> None:
         print(f"error: {name}: not installed; pip install {name}", file=sys.stderr, flush=True)
         sys.exit(UserError.code)
     except UserError as error:
-        if alone or not (isinstance(error, SettingError) and environment_rank() > 0):
+        if alone or first_of_node() or not isinstance(error, SettingError):
             print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
-        if error.ends_at_once:
+        distributed = sys.modules.get("torch.distributed")
+        if distributed and distributed.is_available() and distributed.is_initialized():
+            # Without the interpreter's teardown, which would wait for NCCL's kernels or be aborted
+            # by Gloo's threads, since the group was not left.
             sys.stdout.flush()
             os._exit(error.code)
         sys.exit(error.code)

@@ -214,16 +214,6 @@ def read_run_json(log_dir: Path, resume: bool) -> dict:
         raise SettingError(f"{path}: damaged ({error}); {remedy}") from None
 
 
-def is_finished(log_dir: Path, record: dict, max_steps: int) -> bool:
-    """Whether `run.json` describes a run that has ended at `max_steps`, and `log.txt` contains it.
-
-    In a copy of a directory that changed meanwhile, `log.txt` may be the older one.
-    """
-    log = log_dir / "log.txt"
-    size = log.stat().st_size if log.exists() else 0
-    return record.get("finished_step") == max_steps and size >= record.get("log_bytes", 0)
-
-
 def describe_software() -> dict:
     """The versions in use, the commit of this repository, and `changes` to it (None: unknown).
 

@@ -5,6 +5,7 @@ import math
 import os
 
 from support import devices, trackers
+from support.distributed import Runtime
 from support.errors import SettingError
 
 POSITIVE = (
@@ -23,6 +24,7 @@ LIMITS = dict(
     batch_ramp_tokens=10**13, max_steps=10**9, sample_tokens=10**9, num_samples=10**6,
     timeout_s=10**7,
 )  # fmt: skip
+PER_RANK = {"data", "init_from", "hellaswag_data", "log_dir", "device"}  # may differ
 CHOICES = dict(optimizer=("adamw", "muon"), schedule=("cosine", "linear"))
 
 
@@ -36,6 +38,15 @@ def validate(settings: dict, ramp_start: int) -> None:
     check_combinations(settings, ramp_start)
     trackers.validate(settings["tracker"])
     devices.validate_device_and_dtype(settings["device"], settings["dtype"])
+
+
+def check_same(settings: dict, runtime: Runtime) -> None:
+    """Raises SettingError, on all ranks, if one of them has another setting than rank 0.
+
+    Each node may have paths of its own, if what they contain is the same.
+    """
+    shared = {name: value for name, value in settings.items() if name not in PER_RANK}
+    runtime.check_same(shared, "start all processes with the same settings")
 
 
 def check_ranges(settings: dict) -> None:

@@ -1,17 +1,28 @@
 """Joining the processes of a run: an address that cannot be used, and ranks that never come."""
 
+import dataclasses
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, assert_one_line, environment, without_gloo
+from conftest import (
+    ROOT,
+    assert_one_line,
+    assert_refused,
+    environment,
+    start,
+    tree,
+    without_gloo,
+)
 
+import train_gpt2
 from support import distributed
-from support.distributed import initialize
-from support.errors import SettingError, run_main
+from support.distributed import Runtime, initialize
+from support.errors import SettingError, UserError, run_main
 from support.launch import Launch, read_launch
 
 
@@ -159,3 +170,118 @@ def test_an_error_of_nccl_at_the_start_has_its_remedy(monkeypatch):
     with pytest.raises(distributed.LostProcess, match=words) as lost:
         distributed.join_process_group(1, 2, torch.device("cuda", 0), timeout_s=2)
     assert "met" not in str(lost.value)
+
+
+# -------------------------------------------------------------------------------------------------
+# What all ranks must have in common
+
+
+@pytest.fixture
+def second_rank(monkeypatch):
+    """A function: change -> this process, rank 0, sees a rank 1 that gives change(its own)."""
+
+    def set_change(change) -> None:
+        monkeypatch.setattr(Runtime, "all_gather", lambda self, value: [value, change(value)])
+
+    return set_change
+
+
+def with_other(name: str, value):
+    """Of what a rank gives: the same but for one named value."""
+    return lambda given: given | {name: value} if name in (given or {}) else given
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("max_lr", 0.5, ("max_lr=0.01, but 0.5 on rank 1", "the same settings")),
+        ("eval_only", True, ("eval_only=False, but True on rank 1", "the same settings")),
+        ("newest checkpoint", None, ("'step_00004', but None on rank 1", "log_dir=")),
+        ("finished", True, ("finished=False, but True on rank 1", "log_dir=")),
+        ("tokens of train", "0123", ("but '0123' on rank 1", "data=", "the same tokens")),
+        ("tokens of val", "0123", ("but '0123' on rank 1", "data=", "the same tokens")),
+    ],
+)
+def test_a_rank_with_another_setting_directory_or_text_is_named(
+    copy, capsys, second_rank, name, value, words
+):
+    second_rank(with_other(name, value))
+    config = dataclasses.replace(copy, max_lr=0.01) if name == "max_lr" else copy
+    assert_refused(config, capsys, name, *words)
+
+
+def test_paths_and_devices_may_differ_between_nodes(copy, second_rank):
+    second_rank(lambda given: given | {"data": "other"} if "data" in (given or {}) else given)
+    assert "data" in vars(copy) and train_gpt2.train(copy) == 0
+
+
+@pytest.mark.parametrize("failing", range(1, 4))
+def test_what_fails_on_one_rank_ends_all(copy, capsys, second_rank, failing):
+    """Whatever a check of the set-up is: of log_dir, data, checkpoint and model."""
+    checks = []
+
+    def fail(given):
+        if given is None:
+            checks.append(given)
+        return "x.npy: missing; put it back" if given is None and len(checks) > failing else given
+
+    second_rank(fail)
+    assert_refused(copy, capsys, "rank 1: x.npy: missing; put it back")
+
+
+def test_the_first_rank_that_fails_is_reported(monkeypatch):
+    runtime = Runtime(1, 2, torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(Runtime, "all_gather", lambda self, value: ["a=1: wrong", value])
+    with pytest.raises(SettingError, match="^a=1: wrong$"), runtime.failing_together():
+        pass
+    with pytest.raises(SettingError, match="^a=1: wrong$"), runtime.failing_together():
+        raise UserError("b=2: wrong too")
+
+
+@pytest.mark.parametrize("rank, local_rank, printed", [(0, 0, 1), (3, 3, 0), (8, 0, 1)])
+def test_an_error_of_all_ranks_is_printed_once_per_node(
+    monkeypatch, capsys, rank, local_rank, printed
+):
+    for name, value in dict(RANK=rank, WORLD_SIZE=16, LOCAL_RANK=local_rank).items():
+        monkeypatch.setenv(name, str(value))
+
+    def fail():
+        raise SettingError("data='x': no such directory")
+
+    with pytest.raises(SystemExit):
+        run_main(fail)
+    assert capsys.readouterr().err.count("no such directory") == printed
+
+
+def start_ranks(port: int, *configs) -> list[tuple[int, str]]:
+    """(exit code, output) of one process for each of the settings, which are ranks of one run."""
+    started = [
+        start(
+            config, RANK=str(rank), WORLD_SIZE=str(len(configs)), LOCAL_RANK="0",
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        )
+        for rank, config in enumerate(configs)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=120)[0] for process in started]
+    return [(process.returncode, output) for process, output in zip(started, outputs)]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("case", ["settings", "text", "no text", "no log_dir", "finished"])
+def test_two_nodes_that_differ_both_end_with_the_reason(copy, tmp_path, port, case):
+    other = tmp_path / "other.txt"
+    other.write_text(Path(copy.data).read_text(encoding="utf-8")[::-1], encoding="utf-8")
+    copy = dataclasses.replace(copy, max_steps=6)
+    if case == "finished":
+        assert train_gpt2.train(copy) == 0
+    change, reason = {
+        "settings": (dict(max_lr=0.5), "max_lr="),
+        "text": (dict(data=str(other)), "tokens of train="),
+        "no text": (dict(data=str(tmp_path / "none.txt")), "rank 1: data="),
+        "no log_dir": (dict(log_dir=str(tmp_path / "log")), "one directory of all nodes"),
+        "finished": (dict(log_dir=str(tmp_path / "log")), "one directory of all nodes"),
+    }[case]
+    before = tree(Path(copy.log_dir))
+    for code, output in start_ranks(port, copy, dataclasses.replace(copy, **change)):
+        assert code == 2 and reason in output, output
+    assert tree(Path(copy.log_dir)) == before
