@@ -1,6 +1,6 @@
 """Trains GPT-2 from scratch: the 124M model on FineWeb-Edu, or a small one on `input.txt`.
 
-    python train_gpt2.py tiny                                  # a small GPT in a minute on a CPU
+    python train_gpt2.py tiny                                  # a small GPT in minutes on a CPU
     python train_gpt2.py                                       # GPT-2 124M on one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py     # the same run on eight GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
@@ -133,7 +133,7 @@ class Config:
 
 
 RECIPES = {
-    # A minute on two CPU cores, too short for compiling to pay: 3.8 epochs of the play.
+    # One to four minutes on two CPU cores, too short for compiling to pay: 3.8 epochs of the play.
     "tiny": dict(
         data="input.txt", n_layer=4, n_head=4, n_embd=128, T=128, B=8, total_batch_size=2048,
         optimizer="muon", muon_momentum=0.9, beta2=0.99, max_lr=3e-3, min_lr=3e-4, warmup_steps=20,
