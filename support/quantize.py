@@ -17,6 +17,7 @@ from support.devices import dtype_name, matmul_dtype
 from support.distributed import Runtime
 
 KERNEL_ROWS = 8  # most rows for which the kernel is the faster way, measured
+KERNEL_COLUMNS = 16  # it reads so many at a time (AVX-512; 8 with AVX2), and past the end of a row
 
 
 def round_rows(weight) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,7 +38,8 @@ class Int8Linear(nn.Module):
     def forward(self, x):
         x = x.to(matmul_dtype(x))
         rows = x.flatten(0, -2)
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(rows) <= KERNEL_ROWS:
+        few = len(rows) <= KERNEL_ROWS and rows.size(1) % KERNEL_COLUMNS == 0
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and few:
             y = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale)
             y = y.unflatten(0, x.shape[:-1])
         elif x.dtype == torch.float16:  # a sum of products with integers would overflow

@@ -29,12 +29,13 @@ def test_rounded_rows_are_within_half_a_step():
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_product_in_8_bits_is_the_one_with_the_rounded_weights(rows, dtype, bias):
+@pytest.mark.parametrize("columns", [64, 40, 36])
+def test_a_product_in_8_bits_is_the_one_with_the_rounded_weights(columns, rows, dtype, bias):
     """With the kernel and without."""
-    linear = torch.nn.Linear(64, 96, bias=bias)
+    linear = torch.nn.Linear(columns, 96, bias=bias)
     rounded, scale = quantize.round_rows(linear.weight)
     layer = quantize.Int8Linear(rounded, scale, linear.bias)
-    x = torch.randn(rows, 64)
+    x = torch.randn(rows, columns)
     with torch.no_grad():
         expected = F.linear(x, rounded.float() * scale.float()[:, None], linear.bias)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
