@@ -530,7 +530,8 @@ def bench_ladder(config: Config, machine: dict) -> dict:
 
 def bench_matmul(config: Config, machine: dict) -> dict:
     """The fastest product, measured and by the datasheet, in FLOP/s."""
-    turns = take_turns("matmul", ["ours"], config)["ours"]
+    if not (turns := take_turns("matmul", ["ours"], config).get("ours")):
+        return {}
     machine["measured_flops"] = max(turn["flops"] for turn in turns)
     found = {"measured": machine["measured_flops"], "datasheet": machine["peak_flops"]}
     columns = {"measured FLOP/s": "{measured:.3g}", "datasheet": "{datasheet:.3g}"}
@@ -540,8 +541,9 @@ def bench_matmul(config: Config, machine: dict) -> dict:
 
 def bench_optimizer(config: Config, machine: dict) -> dict:
     """Milliseconds of an update by each of our optimizers."""
-    turns = take_turns("optimizers", ["ours"], config)["ours"][1:]
-    found = {kind: summarize([1e3 * turn[kind] for turn in turns]) for kind in ("adamw", "muon")}
+    if not (turns := take_turns("optimizers", ["ours"], config).get("ours")):
+        return {}
+    found = {k: summarize([1e3 * turn[k] for turn in turns[1:]]) for k in ("adamw", "muon")}
     print_table("An update of all weights", {"ms": "{median:,.1f}", "spread": SPREAD}, found)
     return found
 
@@ -593,8 +595,11 @@ def validate(config: Config) -> list[str]:
         find_peer(config)
     if config.hellaswag_data and not Path(config.hellaswag_data).is_file():
         raise SettingError(f"hellaswag_data={config.hellaswag_data!r}: no such file")
-    if not Path(config.json).parent.is_dir():
-        raise SettingError(f"json={config.json!r}: no such directory; choose another")
+    try:
+        if config.json:
+            open(config.json, "a").close()
+    except OSError as error:
+        raise SettingError(f"json={config.json!r}: {error.strerror}; choose another") from None
     return parts
 
 
@@ -607,9 +612,11 @@ def main() -> int:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     print(f"{machine['device']}; {versions}; {machine['date']}\n{machine['command']}", flush=True)
     run = {"ladder": bench_ladder} if config.ladder else {part: PARTS[part] for part in parts}
-    found = {"facts": machine} | {part: bench(config, machine) for part, bench in run.items()}
-    if config.json:
-        Path(config.json).write_text(json.dumps(found, indent=2), encoding="utf-8")
+    found = {"facts": machine}
+    for part, bench in run.items():
+        found[part] = bench(config, machine)
+        if config.json:
+            Path(config.json).write_text(json.dumps(found, indent=2), encoding="utf-8")
     return 0
 
 

@@ -306,7 +306,25 @@ def test_wrong_input_is_refused(settings, words):
 def test_figures_that_cannot_be_written_are_an_error(tmp_path, monkeypatch):
     monkeypatch.setitem(bench.PARTS, "train", lambda *_: {})
     arguments = [f"--{name}={value}" for name, value in TINY.items()]
-    arguments += ["--only=train", f"--json={tmp_path}/none/out.json"]
+    for path in ("none/out.json", "."):
+        arguments += ["--only=train", f"--json={tmp_path / path}"]
+        monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
+        with pytest.raises(UserError, match="json=.*choose another"):
+            bench.main()
+
+
+def test_a_part_that_fails_costs_no_figures(tmp_path, monkeypatch):
+    """Those of the parts before it are in the file before the next one begins."""
+    path, seen = tmp_path / "figures.json", []
+
+    def fail(part, names, config):
+        seen.append(json.loads(path.read_text()).keys() if path.stat().st_size else set())
+        return {}
+
+    monkeypatch.setattr(bench, "take_turns", fail)
+    arguments = [f"--{name}={value}" for name, value in TINY.items()]
+    arguments += ["--only=matmul,optimizer", f"--json={path}"]
     monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
-    with pytest.raises(UserError, match="none/out.json.*choose another"):
-        bench.main()
+    assert bench.main() == 0
+    assert seen == [set(), {"facts", "matmul"}]
+    assert json.loads(path.read_text())["optimizer"] == {}
