@@ -23,6 +23,7 @@ import torch
 from support import cli, generation, huggingface, quantize, text_encoding, tokenizer
 from support.distributed import Runtime, initialize
 from support.errors import SettingError, UserError, run_main
+from support.tokenizer import END_OF_TEXT, END_OF_TEXT_ID
 from train_gpt2 import GPT
 
 # -------------------------------------------------------------------------------------------------
@@ -81,7 +82,8 @@ def encode_prompt(prompt: str) -> list[int]:
             f'prompt={prompt!r}: is empty; give some text, or --prompt="<|endoftext|>" for the '
             "start of a document"
         )
-    return tokenizer.get_encoding().encode(text, allowed_special="all")
+    first, *documents = map(tokenizer.encode_plain, text.split(END_OF_TEXT))
+    return [*first.tolist(), *(id for d in documents for id in (END_OF_TEXT_ID, *d.tolist()))]
 
 
 def read_prompt(prompt: str) -> str:

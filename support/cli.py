@@ -26,7 +26,7 @@ def parse(settings: type, recipes: dict[str, dict], arguments: list[str], descri
     fields = {field.name: field for field in dataclasses.fields(settings)}
     switches = {f"--{name}" for name, field in fields.items() if field.type is bool}
     parser = build_parser(settings, recipes, description)
-    given, unknown = parser.parse_known_args(expand_switches(arguments, switches))
+    given, unknown = parser.parse_known_intermixed_args(expand_switches(arguments, switches))
     for argument in unknown:
         name = argument.lstrip("-").split("=")[0]
         raise SettingError(f"{argument}: no such setting; {suggest(name, fields, '--')}")

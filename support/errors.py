@@ -39,6 +39,7 @@ def run_main(main, alone: bool = False) -> None:
     and a reader that closed the pipe (`| head`) ends the program with 141, as SIGPIPE would.
     """
     # Without a console (`>&-`, pythonw) there are no streams.
+    sys.stdin = sys.stdin or open(os.devnull)
     sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):  # file names may hold what the console cannot print
         if hasattr(stream, "reconfigure"):

@@ -132,7 +132,7 @@ def test_three_models_are_one_block(run, tmp_path, monkeypatch):
     GPT.from_pretrained(run / "step_00010").save_pretrained(tmp_path / "theirs")
     models = (run, run / "step_00010", tmp_path / "theirs")
     arguments = ("--num=2", "--max_new_tokens=12", "--prompt=PENNY:", "--dtype=float32")
-    out, _ = texts_of(*models, *arguments, monkeypatch=monkeypatch)
+    out, _ = texts_of(models[0], *arguments, *models[1:], monkeypatch=monkeypatch)
     names = [run / "step_00020", run / "step_00010", tmp_path / "theirs"]
     directories = [run / "step_00020", run / "step_00010", run / "step_00010"]
     expected = ""
@@ -210,6 +210,15 @@ def test_prompts_from_a_file_and_from_standard_input(run, tmp_path, monkeypatch)
     from_input, _ = texts_of(run, *settings, "--prompt=-", monkeypatch=monkeypatch)
     expected = expected_text(run / "step_00020", "Ünited\r\nwe", 5, 1337, temperature=0) + "\n"
     assert from_file == from_input == expected
+
+
+def test_a_prompt_has_the_ids_of_tiktoken_with_its_special_token():
+    """Also where tiktoken itself fails: a word after very many spaces."""
+    encoding = tokenizer.get_encoding()
+    for text in ("<|endoftext|>", "a<|endoftext|><|endoftext|> b\n", "a b", "é<|endoftext|>"):
+        assert sample.encode_prompt(text) == encoding.encode(text, allowed_special="all")
+    text = " " * 1_200_000 + "x<|endoftext|>"
+    assert encoding.decode(sample.encode_prompt(text)) == text
 
 
 @pytest.mark.gpt2
@@ -337,6 +346,11 @@ def test_wrong_input_ends_with_code_2(tmp_path, monkeypatch, capsys):
         run_main(sample.main)
     out, err = capsys.readouterr()
     assert (end.value.code, out) == (2, "")
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--prompt=-"])
+    monkeypatch.setattr(sys, "stdin", None)  # sample.py --prompt=- <&-
+    with pytest.raises(SystemExit) as end:
+        run_main(sample.main)
+    assert end.value.code == 2 and "prompt='-': is empty" in capsys.readouterr().err
     assert re.fullmatch(r"error: models='log': .*python sample.py gpt2\n", err)
 
 
