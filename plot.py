@@ -331,7 +331,8 @@ def loss_limits(runs: list[Run], streams, published: list[float]) -> tuple[float
 
     If the longest run has more than 2,000 steps, the first 3 % of them may leave the axis, since
     the fall from 11 would leave no room for the rest, but the last value of each run may not. A
-    loss that diverges leaves at 11.5: a uniform guess among 50,257 tokens has 10.8.
+    loss that diverges leaves at 11.5: a uniform guess among 50,257 tokens has 10.8. If no loss is
+    below 11, the axis has them all.
     """
     lines = [run.streams[stream] for run in runs for stream in streams if stream in run.streams]
     longest = max(steps[-1] for steps, _ in lines)
@@ -342,7 +343,7 @@ def loss_limits(runs: list[Run], streams, published: list[float]) -> tuple[float
         lows.append(values[shown].min())
         highs.append(max(values[shown][0], smooth(values)[shown].max()))
     bottom = min(lows)
-    top = max(min(max(highs), 11.5), bottom + 0.1)
+    top = max(min(max(highs), 11.5) if bottom < 11 else max(highs), bottom + 0.1)
     margin = 0.04 * (top - bottom)
     return bottom - margin, top + margin
 

@@ -273,6 +273,12 @@ def test_a_loss_that_diverges_leaves_room_for_the_rest(tmp_path):
     assert 10.9 < axes.get_ylim()[1] < 12 and axes.get_ylim()[0] < 6.9
 
 
+def test_losses_that_are_all_high_are_shown(tmp_path):
+    log = "".join(f"{step} train {40 - step / 100}\n" for step in range(300))
+    ((axes,),), _ = draw(write_run(tmp_path / "a", log))
+    assert axes.get_ylim()[0] < 37.01 and axes.get_ylim()[1] > 39.5
+
+
 def test_axes_are_labelled(tmp_path):
     progress = steady(251, batch=524_288, seconds=60)
     rows, _ = draw(write_run(tmp_path / "a", NANOGPT, progress, "x.txt"))
