@@ -238,6 +238,6 @@ def peak_flops(name: str, dtype: torch.dtype) -> float | None:
     if dtype == torch.float32:
         return None
     for known, tflops in PEAK_TFLOPS.items():
-        if re.search(rf"\b{known}\b", name):
+        if re.search(rf"\b{known}\b(?! (Ti|SUPER|D|NVL|Laptop)\b)", name):
             return 1e12 * tflops
     return None

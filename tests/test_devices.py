@@ -30,6 +30,10 @@ from support.errors import SettingError
         ("NVIDIA RTX A6000", 154.8),
         # not in the table, although a name of the table is a part of theirs
         ("NVIDIA RTX A1000", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4080 SUPER", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA H200 NVL", None),
         ("NVIDIA RTX A4000", None),
         ("NVIDIA T400 4GB", None),
         ("NVIDIA GeForce GTX 1080", None),
