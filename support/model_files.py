@@ -110,7 +110,8 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-        if not all(isinstance(tensor, torch.Tensor) for tensor in dict(tensors).values()):
+        types = {(type(name), isinstance(t, torch.Tensor)) for name, t in dict(tensors).items()}
+        if not isinstance(tensors, dict) or types - {(str, True)}:
             raise ValueError("not a plain {name: tensor}")
         return tensors
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, EOFError) as error:

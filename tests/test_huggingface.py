@@ -111,6 +111,8 @@ def without(name: str):
         (lambda d: edit_config(d, n_head=3), "n_head"),
         (lambda d: with_old_file(d).write_bytes(b""), "pytorch_model.bin"),
         (lambda d: torch.save({"model": {}, "step": 1}, with_old_file(d)), "pytorch_model.bin"),
+        (lambda d: torch.save({1: torch.ones(2)}, with_old_file(d)), "pytorch_model.bin"),
+        (lambda d: torch.save([("a", torch.ones(2))], with_old_file(d)), "pytorch_model.bin"),
         (lambda d: edit_weights(d, put_nan), "transformer.h.1.mlp.c_fc.bias holds NaN"),
         (lambda d: edit_config(d, tie_word_embeddings=False), "lm_head.weight is None"),
         (lambda d: edit_weights(d, add_dimension), "not this GPT-2"),
