@@ -337,13 +337,13 @@ def loss_limits(runs: list[Run], streams, published: list[float]) -> tuple[float
     lines = [run.streams[stream] for run in runs for stream in streams if stream in run.streams]
     longest = max(steps[-1] for steps, _ in lines)
     first = 0.03 * longest if longest > 2000 else 0
-    lows, highs = published[:], published[:]
+    lows, highs = [], published[:]
     for steps, values in lines:
         shown = steps >= min(first, steps[-1])
         lows.append(values[shown].min())
         highs.append(max(values[shown][0], smooth(values)[shown].max()))
-    bottom = min(lows)
-    top = max(min(max(highs), 11.5) if bottom < 11 else max(highs), bottom + 0.1)
+    bottom = min(lows + published)
+    top = max(min(max(highs), 11.5) if min(lows) < 11 else max(highs), bottom + 0.1)
     margin = 0.04 * (top - bottom)
     return bottom - margin, top + margin
 
