@@ -5,6 +5,7 @@ HF_TOKEN if it is set), resumes an interrupted download and waits as a 429's Ret
 module retries what they do not: 5xx, and files that arrive incomplete or altered.
 """
 
+import contextlib
 import errno
 import json
 import tempfile
@@ -34,11 +35,10 @@ def list_files(dataset: str, name: str, commit: str | None) -> tuple[str, list[d
     """
     from datasets import load_dataset_builder
     from datasets.utils.logging import disable_progress_bar
-    from huggingface_hub import HfFileSystem, get_session
+    from huggingface_hub import HfFileSystem
 
     disable_progress_bar()
-    if _limit_silence not in (hooks := get_session().event_hooks["request"]):
-        hooks.append(_limit_silence)
+    limit_silence()
 
     def attempt() -> tuple[str, list[dict]]:
         # A dataset that `datasets` has prepared in its cache has no list of files.
@@ -57,8 +57,20 @@ def list_files(dataset: str, name: str, commit: str | None) -> tuple[str, list[d
     return retry(f"source={dataset!r}" + f", name={name!r}" * bool(name), attempt, LISTING_S)
 
 
-def _limit_silence(request) -> None:
-    """Gives a request a timeout."""
+def limit_silence() -> None:
+    """Gives all requests of `huggingface_hub` a timeout, also those of its later clients.
+
+    It replaces its client after some errors.
+    """
+    from huggingface_hub import get_session, set_client_factory
+
+    client, hooks = type(get_session()), get_session().event_hooks
+    if _set_timeout not in hooks["request"]:
+        hooks = hooks | {"request": [*hooks["request"], _set_timeout]}
+        set_client_factory(lambda: client(event_hooks=hooks, follow_redirects=True, timeout=None))
+
+
+def _set_timeout(request) -> None:
     timeouts = request.extensions.get("timeout", {})
     timeouts |= {phase: SILENCE_S for phase, seconds in timeouts.items() if seconds is None}
 
@@ -107,8 +119,9 @@ class Downloads:
     def remove_before(self, index: int) -> None:
         """Removes the files before number `index`, which are not needed any more."""
         for i in [i for i in self.results if i < index]:
-            self.results.pop(i)
-            (self.directory / self.files[i]["file"]).unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # Windows, while a worker has it open
+                (self.directory / self.files[i]["file"]).unlink(missing_ok=True)
+                self.results.pop(i)
 
 
 def retry(described: str, action, limit_s: float = float("inf")):

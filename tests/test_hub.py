@@ -335,3 +335,36 @@ def test_no_hub_ends_the_run(waiting):
     assert FINEWEB_EDU in error and "same command again" in error
     assert "trying again in" not in done.err  # for another half a minute
     assert [path.name for path in (cwd / "here").iterdir()] == [".lock_00000"]
+
+
+def test_a_new_client_has_the_limit_too():
+    """After an error of the connection `huggingface_hub` makes one."""
+    import huggingface_hub
+
+    for _ in range(2):
+        hub_module.limit_silence()
+        huggingface_hub.close_session()
+        client = huggingface_hub.get_session()
+        request = client.build_request("GET", "http://localhost/")
+        assert set(request.extensions["timeout"].values()) == {None}
+        assert len(client.event_hooks["request"]) == 2  # the other one is of huggingface_hub
+        client.event_hooks["request"][-1](request)
+        assert set(request.extensions["timeout"].values()) == {hub_module.SILENCE_S}
+
+
+def test_a_file_that_is_open_on_windows_is_removed_later(tmp_path, monkeypatch):
+    files = [{"file": f"{i}.parquet", "bytes": 1, "sha256": None} for i in range(3)]
+    downloads = hub_module.Downloads("a/b", "main", files, tmp_path)
+    downloads.results = dict.fromkeys(range(3))
+    for file in files:
+        (tmp_path / file["file"]).touch()
+
+    def refuse(self, missing_ok=False):
+        raise PermissionError(13, "in use by another process")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        downloads.remove_before(1)
+    assert (tmp_path / "0.parquet").exists()
+    downloads.remove_before(2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2.parquet"]
