@@ -87,7 +87,9 @@ def encode_plain(text: str) -> np.ndarray:
         return encode(text)
     except ValueError:  # tiktoken fails on a word after about a million white-space characters
         # All but the last of these are one token, at the end of a text as well as before a word.
-        spaces = re.finditer(r"[^\S\x1c-\x1f]{10000,}(?=[\S\x1c-\x1f])", text)
+        # Each run of them is tried once: from its start, and without giving up a part of it.
+        run = r"(?<![^\S\x1c-\x1f])[^\S\x1c-\x1f]{10000,}+(?=[\S\x1c-\x1f])"
+        spaces = re.finditer(run, text)
         cuts = [0, *(match.end() - 1 for match in spaces), len(text)]
         return np.concatenate([encode(text[start:stop]) for start, stop in zip(cuts, cuts[1:])])
 
