@@ -8,6 +8,7 @@ the last one to finish merges them.
 
 import errno
 import json
+import re
 import shutil
 from collections import deque
 from pathlib import Path
@@ -100,6 +101,8 @@ class ShardDirectory:
         ranks, or of another program.
         """
         for path in sorted(self.directory.glob("manifest*.json"), key=lambda p: p != self.partial):
+            if not re.fullmatch(r"manifest(_\d{5})?(\.partial)?\.json", path.name):
+                continue
             try:
                 manifest = json.loads(path.read_text(encoding="utf-8"))
                 self.commit = manifest["commit"]
