@@ -213,7 +213,10 @@ def count_workers(config: Config, launch: Launch) -> int:
     """The number of workers: the setting, or this rank's part of the cores it may use."""
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     cores = len(affinity(0))  # macOS and Windows have no affinity
-    return config.workers or max(1, min(cores // launch.local_world_size, MAX_WORKERS))
+    of_task = "" if "RANK" in os.environ else os.environ.get("SLURM_CPUS_PER_TASK", "")
+    # Slurm may have bound this task to cores of its own, or left it all those of the job.
+    cores = min(cores, int(of_task)) if of_task.isdecimal() else cores // launch.local_world_size
+    return config.workers or max(1, min(cores, MAX_WORKERS))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -277,7 +280,7 @@ def write_shards(config: Config, launch: Launch, shards: ShardDirectory, files) 
 def find_sources(config: Config) -> list[Path] | None:
     """The local files of `source`; None if it is on the Hub. Raises UserError if it is neither."""
     local = text_files.find_files(config.source, Path(config.out))
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", config.source)
+    on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", config.source)
     if local is None and (not on_hub or text_files.find_format(config.source)):
         raise UserError(
             f"source={config.source!r}: no such file or directory, nor a dataset on the Hub "
@@ -296,6 +299,8 @@ def build(config: Config, launch: Launch) -> None:
         out.mkdir(parents=True, exist_ok=True)
         with FileLock(out / f".lock_{launch.rank:05d}", timeout=10):
             result = write_directory(config, launch, local)
+    except BrokenPipeError:  # of the console
+        raise
     except OSError as error:
         if isinstance(error, Timeout):
             reason = "another process is writing there; wait"

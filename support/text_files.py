@@ -120,7 +120,10 @@ def estimate_tokens(source: dict) -> float:
 
 def _read_error(path, reason) -> UserError:
     reason = " ".join(str(reason).split())[:200]
-    return UserError(f"{path}: cannot be read ({reason}); fix it and run again")
+    return UserError(
+        f"{path}: cannot be read ({reason}); fix it and run again, with another --out if shards "
+        "were written"
+    )
 
 
 def _column_error(location: str, column: str, names) -> UserError:
@@ -173,14 +176,20 @@ def compile_separator(separator: str) -> re.Pattern | None:
 def find_start(path: Path, text_column: str) -> int:
     """The byte at which the text of a file begins, after a byte order mark; 0 for parquet.
 
-    Raises UserError if the file cannot be read, has no such column, or is in UTF-16.
+    Raises UserError if the file cannot be read, is in UTF-16, or has no such column: of a jsonl
+    the first line is read, if it is not a very long one.
     """
     kind, compression = find_format(path.name)
     if kind == "parquet":
         open_parquet(path, text_column).close()
         return 0
     with _open_stream(path, compression, 0) as stream:
-        return text_encoding.find_start(stream.read(text_encoding.HEAD))
+        data = stream.read(PIECE if kind == "jsonl" else text_encoding.HEAD)
+        start = text_encoding.find_start(data[: text_encoding.HEAD])
+    line, end, _ = data[start:].lstrip().partition(b"\n")
+    if kind == "jsonl" and (end or len(data) < PIECE):
+        read_jsonl(str(path), text_column, 0, line)
+    return start
 
 
 def open_parquet(path: Path | str, column: str):

@@ -559,7 +559,7 @@ def made(tmp_path_factory, workers_by_fork):
     write_texts(source / "1.parquet", DOCUMENTS[:60])
     write_texts(source / "2.jsonl", DOCUMENTS[60:])
     build(source, directory / "finished")
-    write_json_lines(source / "2.jsonl", lines=["?"])
+    write_json_lines(source / "2.jsonl", lines=['{"text": ""}', "?"])
     with pytest.raises(errors.UserError, match="2.jsonl"):
         build(source, directory / "begun")
     assert len(shards_in(directory / "begun")) == 6

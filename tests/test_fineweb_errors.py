@@ -69,6 +69,7 @@ WRONG_SETTINGS = {
     "a file that is not there": (dict(source="gone.txt"), "source='gone.txt'", "no such file"),
     "a directory that is not": (dict(source="gone/"), "source='gone/'", "no such file"),
     # a valid name on the Hub, but a known suffix means a file
+    "a directory that is misspelt": (dict(source="./dta"), "source='./dta'", "no such file"),
     "a file further down": (dict(source="data/gone.jsonl"), "source='data/gone.jsonl'", "no such"),
     "a glob of none": (dict(source="gone/*.txt"), "source='gone/*.txt'", "no such file"),
     "a source too long": (dict(source="x" * 300), "source=", "no such file"),
@@ -151,10 +152,23 @@ def test_shards_of_another_program_are_not_touched(refused):
 def test_out_may_contain_other_files(run):
     Path("my.txt").write_text(TEXT[:9000])
     Path("out").mkdir()
-    Path("out/notes.md").write_text("mine")
+    names = ("notes.md", "manifest_mine.json")
+    for name in names:
+        Path("out", name).write_text("mine")
     assert run(source="my.txt")[0] == 0
     assert shards_in("out") == reference([TEXT[:9000]])
-    assert Path("out/notes.md").read_text() == "mine"
+    assert all(Path("out", name).read_text() == "mine" for name in names)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"default": {"splits": {}}}', "{\n  1: 2\n}\n", "[1]\n", "\n7\n"]
+)
+def test_a_last_file_of_another_kind_is_refused_before_any_shard(content, refused):
+    """A directory of a dataset has more .json files than those of its text."""
+    Path("all").mkdir()
+    write_texts("all/a.jsonl", DOCUMENTS)
+    Path("all/dataset_infos.json").write_text(content)
+    refused("all/dataset_infos.json", source="all")
 
 
 # -------------------------------------------------------------------------------------------------

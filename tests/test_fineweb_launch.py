@@ -35,6 +35,9 @@ from fineweb_helpers import (
     write_texts,
 )
 
+import fineweb
+from support.launch import SLURM, TORCHRUN, Launch, read_launch
+
 pytest_plugins = ["fineweb_helpers"]
 
 # -------------------------------------------------------------------------------------------------
@@ -207,3 +210,30 @@ def test_a_refused_rank_does_not_touch_the_files_of_others(here, run, monkeypatc
     assert code == 2
     assert_one_line(err, ("2.jsonl", "fix it"))
     assert before.items() <= tree(Path("out")).items()
+
+
+@pytest.mark.parametrize(
+    "cores, variables, workers",
+    [
+        (64, {}, 64),
+        (64, {"RANK": "0", "LOCAL_WORLD_SIZE": "8"}, 8),
+        (8, {"SLURM_NTASKS_PER_NODE": "8", "SLURM_CPUS_PER_TASK": "8"}, 8),  # bound to its own
+        (64, {"SLURM_NTASKS_PER_NODE": "8", "SLURM_CPUS_PER_TASK": "8"}, 8),  # not bound
+        (64, {"SLURM_NTASKS_PER_NODE": "8"}, 8),
+        # torchrun in a task of Slurm
+        (64, {"RANK": "0", "LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_PER_TASK": "64"}, 8),
+        (2, {"SLURM_NTASKS_PER_NODE": "8"}, 1),
+    ],
+)
+def test_each_process_has_its_part_of_the_cores(monkeypatch, cores, variables, workers):
+    defaults = {"RANK": ("WORLD_SIZE", "8"), "SLURM_NTASKS_PER_NODE": ("SLURM_PROCID", "0")}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+        if name in defaults:
+            monkeypatch.setenv(*defaults[name])
+    if "RANK" not in variables:
+        monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    launch = read_launch(TORCHRUN, SLURM) if variables else Launch()
+    assert fineweb.count_workers(fineweb.Config(), launch) == workers
+    assert fineweb.count_workers(fineweb.Config(workers=3), launch) == 3
