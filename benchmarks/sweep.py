@@ -82,9 +82,7 @@ def report(settings: dict, log_dir: Path, data: str) -> float:
     """The loss of a finished run on the validation set of `data`, kept in `report.json`."""
     path = log_dir / "report.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    key = " ".join(
-        [data, *(f"{name}={settings.get(name)}" for name in ("max_steps", "val_tokens"))]
-    )
+    key = f"{data}, {settings.get('max_steps')} steps, {settings.get('val_tokens')} tokens"
     if key not in found:
         options = dict(log_dir=log_dir, data=data, eval_only=True, hellaswag_every=0)
         output = call_trainer(settings | options | {"sample_every": 0})

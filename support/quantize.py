@@ -38,8 +38,8 @@ class Int8Linear(nn.Module):
     def forward(self, x):
         x = x.to(matmul_dtype(x))
         rows = x.flatten(0, -2)
-        few = len(rows) <= KERNEL_ROWS and rows.size(1) % KERNEL_COLUMNS == 0
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and few:
+        fits_kernel = len(rows) <= KERNEL_ROWS and rows.size(1) % KERNEL_COLUMNS == 0
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and fits_kernel:
             y = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale)
             y = y.unflatten(0, x.shape[:-1])
         elif x.dtype == torch.float16:  # a sum of products with integers would overflow
